@@ -1,0 +1,90 @@
+# Where bytes live. One interface for a file, a block device, a Python object and (so that a
+# backing chain is just storages over storages) for the guest disk of an open image.
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from posix.uio cimport iovec
+
+from qcow2x._core.status cimport q2_status
+
+cdef extern from "qcow2x/plan.h" nogil:
+    ctypedef struct q2_extent:
+        uint64_t guest_off
+        uint64_t nbytes
+        uint64_t host_off
+        uint32_t comp_bytes
+        uint8_t kind
+        uint8_t in_place
+
+cdef enum:
+    # Flags of write_at and writev_at.
+    WRITE_FUA = 1        # durable when the call returns (RWF_DSYNC)
+    # Flags of zero_range.
+    ZERO_MAY_UNMAP = 1   # a hole will do; without it the range stays allocated
+
+
+cdef class Storage:
+    # Read-only after construction, so any thread may look without a lock.
+    cdef public str name             # for messages
+    cdef uint32_t align              # 1, or what O_DIRECT asks of memory and offsets (512, 4096)
+    cdef bint read_only
+    cdef bint fixed_size             # a block device: truncate cannot grow it
+    cdef bint zero_past_end          # growing by a write leaves the gap reading as zeros
+
+    # Order of writes: write_seq counts finished writes, everything up to durable_seq is on
+    # stable storage. A barrier for "A before B" is needed iff A's seq > durable_seq. Atomic.
+    cdef uint64_t write_seq
+    cdef uint64_t durable_seq
+
+    # All methods may be called from any thread, without the GIL; each either does the whole
+    # range or fails. The object must be kept alive by the caller.
+
+    # Fills buf; what lies past the end of the storage reads as zeros.
+    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil
+    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes,
+                            uint64_t off, uint32_t flags) noexcept nogil
+    # iov is left as it was.
+    cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt,
+                             uint64_t off, uint32_t flags) noexcept nogil
+    # Everything written before the call is durable after it (a no-op in cache mode unsafe).
+    cdef q2_status sync(self, int32_t site) noexcept nogil
+    cdef q2_status set_size(self, int32_t site, uint64_t nbytes) noexcept nogil
+    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil
+    # Gives the range back to the host. Best effort: Q2_OK also where the host cannot; the range
+    # then keeps its bytes. Never changes the size.
+    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil
+    # The range reads as zeros afterwards. Falls back to writing zeros. May extend the storage.
+    cdef q2_status zero_range(self, int32_t site, uint64_t off, uint64_t nbytes,
+                              uint32_t flags) noexcept nogil
+    # Reserves host blocks; the bytes do not change, the size may grow to off + nbytes.
+    cdef q2_status allocate(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil
+    # The run that starts at off, at most nbytes long: kind is Q2_KIND_DATA, Q2_KIND_ZERO (a hole,
+    # or known zeros) or Q2_KIND_UNALLOCATED (past the end). Data may be reported for a hole.
+    cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes,
+                             q2_extent *out) noexcept nogil
+
+    # For implementations: count a finished write; remember what a sync covers.
+    cdef void note_write(self) noexcept nogil
+    cdef void note_sync(self, uint64_t seq_at_start) noexcept nogil
+
+
+cdef class FileStorage(Storage):
+    # A regular file or block device, buffered or O_DIRECT; owns its descriptor (a descriptor
+    # handed in is duplicated). FileStorage(path_or_fd, writable=False, cache="writeback")
+    cdef int fd
+    cdef bint ignore_sync            # cache mode unsafe
+    cdef bint durable_writes         # cache modes writethrough and directsync: each write is FUA
+    cdef bint is_block_device
+    cdef bint can_punch
+    cdef uint64_t file_size          # at least the size as this object has grown it; atomic
+    cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones
+    cdef void *bounce                # pool of aligned buffers, NULL when buffered
+
+
+cdef class PyStorage(Storage):
+    # Any Python object with size(), pread(length, offset) and for writing pwrite(buffer, offset),
+    # flush(), truncate(size); optional preadinto(buffer, offset), punch(offset, length).
+    # The order of its calls is exactly the order of writes of docs/architecture.md, section 5.
+    cdef object obj
+    cdef object has_preadinto
+    cdef object has_punch
