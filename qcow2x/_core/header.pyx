@@ -391,7 +391,7 @@ cdef class Header:
         parts = []
         for kind, data in self.extensions:
             parts.append(kind.to_bytes(4, "big") + len(data).to_bytes(4, "big"))
-            parts.append(data + bytes(-len(data) % 8))
+            parts.append(data + bytes((8 - (len(data) & 7)) & 7))
         parts.append(bytes(8))                          # the end marker
         extensions = b"".join(parts)
         backing = bytes_of(self.backing_file) or b""
