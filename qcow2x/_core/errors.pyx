@@ -2,7 +2,7 @@
 """Statuses become exceptions here and nowhere else."""
 import os
 
-from cpython.exc cimport PyErr_Fetch, PyErr_Restore
+from cpython.exc cimport PyErr_Restore
 from cpython.object cimport PyObject
 from libc.errno cimport EDQUOT, EFBIG, ENOSPC
 
@@ -55,27 +55,23 @@ cdef void set_last_error(q2_error detail) noexcept nogil:
     q2_last_error = detail
 
 
+cdef extern from "Python.h":
+    void Py_XDECREF(PyObject *)
+    void PyErr_GetExcInfo(PyObject **type, PyObject **value, PyObject **trace)
+
+
 cdef q2_status stash_exception_gil(int32_t site, uint64_t offset) noexcept:
     cdef PyObject *old_type = q2_stashed[0]
     cdef PyObject *old_value = q2_stashed[1]
     cdef PyObject *old_trace = q2_stashed[2]
-    PyErr_Fetch(&q2_stashed[0], &q2_stashed[1], &q2_stashed[2])
-    if old_type is not NULL:
-        # An earlier one that nobody collected: drop it through the interpreter's own slot.
-        PyErr_Restore(old_type, old_value, old_trace)
-        PyErr_Fetch(&old_type, &old_value, &old_trace)
-        drop_gil(old_type)
-        drop_gil(old_value)
-        drop_gil(old_trace)
+    # In an `except` block the exception is no longer the pending one (PyErr_Fetch would find
+    # nothing) but the handled one. These are new references.
+    PyErr_GetExcInfo(&q2_stashed[0], &q2_stashed[1], &q2_stashed[2])
+    # An earlier one that nobody collected.
+    Py_XDECREF(old_type)
+    Py_XDECREF(old_value)
+    Py_XDECREF(old_trace)
     return fail(Q2_E_PYTHON, site, offset, b"the storage object raised")
-
-
-cdef extern from "Python.h":
-    void Py_XDECREF(PyObject *)
-
-
-cdef void drop_gil(PyObject *obj) noexcept:
-    Py_XDECREF(obj)
 
 
 cdef int check_status(q2_status status, object name) except -1:

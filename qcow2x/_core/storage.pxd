@@ -18,6 +18,8 @@ cdef extern from "qcow2x/plan.h" nogil:
 cdef enum:
     # Flags of write_at and writev_at.
     WRITE_FUA = 1        # durable when the call returns (RWF_DSYNC)
+    WRITE_DEFERRED = 2   # a sync follows: do not make this one durable by itself, whatever the
+                         # cache mode says (loses against WRITE_FUA)
     # Flags of zero_range.
     ZERO_MAY_UNMAP = 1   # a hole will do; without it the range stays allocated
 
@@ -74,8 +76,16 @@ cdef class FileStorage(Storage):
     cdef int fd
     cdef bint ignore_sync            # cache mode unsafe
     cdef bint durable_writes         # cache modes writethrough and directsync: each write is FUA
+                                     # unless WRITE_DEFERRED
     cdef bint is_block_device
+    cdef bint shared_cursor          # the descriptor was handed in: its owner sees our lseek
+    cdef bint closed
+    # What the host turned out not to know; cleared once, never set again.
     cdef bint can_punch
+    cdef bint can_zero
+    cdef bint can_dsync
+    cdef int32_t sync_errno          # first failure of a buffered sync; later ones repeat it
+    cdef uint32_t mem_align          # what O_DIRECT asks of memory, at most `align`
     cdef uint64_t file_size          # at least the size as this object has grown it; atomic
     cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones
     cdef void *bounce                # pool of aligned buffers, NULL when buffered
@@ -86,5 +96,5 @@ cdef class PyStorage(Storage):
     # flush(), truncate(size); optional preadinto(buffer, offset), punch(offset, length).
     # The order of its calls is exactly the order of writes of docs/architecture.md, section 5.
     cdef object obj
-    cdef object has_preadinto
-    cdef object has_punch
+    cdef bint has_preadinto
+    cdef bint has_punch

@@ -1,0 +1,1126 @@
+# cython: language_level=3
+"""Where bytes live: a file or block device, or any Python object with pread and pwrite.
+
+Every method that the core calls does its whole range or fails; retries, short transfers, zeros
+past the end and O_DIRECT's alignment are dealt with here and nowhere else.
+"""
+import errno
+import os
+import stat as stat_mode
+
+from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_Release,
+                             PyObject_GetBuffer)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport (EBADF, EINTR, EINVAL, ENODEV, ENOSPC, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP,
+                         EPERM)
+from libc.errno cimport errno as c_errno
+from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+from posix.types cimport off_t
+
+from qcow2x._core.errors cimport check_status, fail, fail_errno, stash_exception_gil
+from qcow2x._core.status cimport *
+
+from qcow2x.errors import StorageError
+
+cdef extern from "qcow2x/plan.h" nogil:
+    enum:
+        Q2_KIND_UNALLOCATED
+        Q2_KIND_DATA
+        Q2_KIND_ZERO
+
+cdef extern from "qcow2x/atomics.h" nogil:
+    uint64_t q2_load(const uint64_t *p)
+    void q2_store(uint64_t *p, uint64_t v)
+    uint64_t q2_add(uint64_t *p, uint64_t v)
+    void q2_raise_to(uint64_t *p, uint64_t v)
+
+cdef extern from "qcow2x/pool.h" nogil:
+    ctypedef struct q2_pool:
+        pass
+    void q2_pool_init(q2_pool *pool, int max)
+    void *q2_pool_take(q2_pool *pool)
+    int q2_pool_give(q2_pool *pool, void *item)
+
+cdef extern from "qcow2x/hostfile.h" nogil:
+    ctypedef struct pthread_rwlock_t:
+        pass
+    int pthread_rwlock_rdlock(pthread_rwlock_t *lock)
+    int pthread_rwlock_wrlock(pthread_rwlock_t *lock)
+    int pthread_rwlock_unlock(pthread_rwlock_t *lock)
+    int pthread_rwlock_destroy(pthread_rwlock_t *lock)
+    pthread_rwlock_t *q2_edges_new()
+
+    enum:
+        Q2_ZEROS_BYTES
+        RWF_DSYNC
+        FALLOC_FL_KEEP_SIZE
+        FALLOC_FL_PUNCH_HOLE
+        FALLOC_FL_ZERO_RANGE
+        SEEK_DATA
+        SEEK_HOLE
+    char q2_zeros[]
+    int64_t q2_device_size(int fd)
+    void q2_direct_alignment(int fd, int is_device, uint32_t *memory, uint32_t *offset)
+    int q2_retire_fd(int fd)
+    int64_t q2_seek_run(int fd, int64_t off, int whence, int shared_cursor)
+    void q2_step_durable(uint64_t *durable, uint64_t seq)
+
+    struct c_stat "stat":
+        off_t st_size
+    int c_fstat "fstat"(int fd, c_stat *st)
+    ssize_t c_pread "pread"(int fd, void *buf, size_t n, off_t off)
+    ssize_t c_pwritev2 "pwritev2"(int fd, const iovec *iov, int n, off_t off, int flags)
+    int c_fdatasync "fdatasync"(int fd)
+    int c_ftruncate "ftruncate"(int fd, off_t n)
+    int c_fallocate "fallocate"(int fd, int mode, off_t off, off_t n)
+    int c_close "close"(int fd)
+    int posix_memalign(void **p, size_t align, size_t n)
+
+cdef extern from "Python.h":
+    object PyMemoryView_FromMemory(char *mem, Py_ssize_t n, int flags)
+
+cdef enum:
+    BOUNCE_BYTES = 1 << 20    # one aligned buffer; more of an unaligned request goes in pieces
+    BOUNCE_KEPT = 8
+    # Up to here one copied transfer is cheaper than separate ones for edges and middle.
+    SPLIT_BYTES = 128 << 10
+    IOV_BATCH = 64
+    GATHER_BYTES = 1 << 20
+
+
+# ---- Storage: what every implementation has, and what it may leave out --------------------------
+
+cdef class Storage:
+    """Bytes that an image lives in. Subclasses: :class:`FileStorage`, :class:`PyStorage`.
+
+    Offsets and lengths are bytes. All methods may be called from any thread; the work is done
+    without the GIL. Storage errors are StorageError (an OSError), NoSpace where there is no room.
+    """
+
+    def __cinit__(self):
+        self.name = "<storage>"
+        self.align = 1
+        self.read_only = True
+
+    # -- for the core; an implementation overrides what it can --
+
+    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil:
+        return fail(Q2_E_UNSUPPORTED, site, off, b"this storage cannot be read")
+
+    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
+                            uint32_t flags) noexcept nogil:
+        return fail(Q2_E_READONLY, site, off, b"this storage cannot be written")
+
+    cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
+                             uint32_t flags) noexcept nogil:
+        """Gathers and calls write_at, so an implementation needs only that."""
+        cdef size_t left = iov_bytes(iov, iovcnt)
+        cdef size_t n
+        cdef q2_status rc = Q2_OK
+        cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
+        if iovcnt == 1:
+            return self.write_at(site, iov[0].iov_base, left, off, flags)
+        cdef void *gathered = malloc(min(left, <size_t>GATHER_BYTES) + 1)
+        if gathered is NULL:
+            return fail(Q2_E_NOMEM, site, off, b"no memory to gather a write")
+        while left > 0 and rc == Q2_OK:
+            n = min(left, <size_t>GATHER_BYTES)
+            take_bytes(&src, gathered, n)
+            rc = self.write_at(site, gathered, n, off, flags)
+            off += n
+            left -= n
+        free(gathered)
+        return rc
+
+    cdef q2_status sync(self, int32_t site) noexcept nogil:
+        self.note_sync(q2_load(&self.write_seq))
+        return Q2_OK
+
+    cdef q2_status set_size(self, int32_t site, uint64_t nbytes) noexcept nogil:
+        return fail(Q2_E_UNSUPPORTED, site, nbytes, b"this storage cannot change its size")
+
+    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
+        return fail(Q2_E_UNSUPPORTED, Q2_SITE_NONE, 0, b"this storage does not know its size")
+
+    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        return Q2_OK
+
+    cdef q2_status zero_range(self, int32_t site, uint64_t off, uint64_t nbytes,
+                              uint32_t flags) noexcept nogil:
+        cdef size_t n
+        cdef q2_status rc
+        while nbytes > 0:
+            n = <size_t>min(nbytes, <uint64_t>Q2_ZEROS_BYTES)
+            rc = self.write_at(site, q2_zeros, n, off, 0)
+            if rc != Q2_OK:
+                return rc
+            off += n
+            nbytes -= n
+        return Q2_OK
+
+    cdef q2_status allocate(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        return fail(Q2_E_UNSUPPORTED, site, off, b"this storage cannot reserve space")
+
+    cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept nogil:
+        cdef uint64_t size = 0
+        cdef q2_status rc = self.get_size(&size)
+        if rc != Q2_OK:
+            return rc
+        if off >= size:
+            fill_extent(out, off, nbytes, Q2_KIND_UNALLOCATED)
+        else:
+            fill_extent(out, off, min(nbytes, size - off), Q2_KIND_DATA)
+        return Q2_OK
+
+    cdef void note_write(self) noexcept nogil:
+        q2_add(&self.write_seq, 1)
+
+    cdef void note_sync(self, uint64_t seq_at_start) noexcept nogil:
+        q2_raise_to(&self.durable_seq, seq_at_start)
+
+    # -- for Python --
+
+    def size(self):
+        """Size in bytes."""
+        cdef uint64_t nbytes = 0
+        cdef q2_status rc
+        with nogil:
+            rc = self.get_size(&nbytes)
+        check_status(rc, self.name)
+        return nbytes
+
+    def pread(self, length, offset):
+        """``length`` bytes from ``offset``; fewer only where the storage ends."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n = until_end(self, checked_offset(length, "length"), off)
+        cdef q2_status rc
+        data = PyBytes_FromStringAndSize(NULL, n)
+        cdef char *dst = PyBytes_AS_STRING(data)
+        with nogil:
+            rc = self.read_at(Q2_SITE_DATA_READ, dst, n, off)
+        check_status(rc, self.name)
+        return data
+
+    def preadinto(self, buffer, offset):
+        """Fill ``buffer`` from ``offset``; returns how many bytes, fewer only at the end."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n
+        cdef Py_buffer view
+        cdef q2_status rc
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        try:
+            n = until_end(self, view.len, off)
+            with nogil:
+                rc = self.read_at(Q2_SITE_DATA_READ, view.buf, n, off)
+            check_status(rc, self.name)
+        finally:
+            PyBuffer_Release(&view)
+        return n
+
+    def pwrite(self, buffer, offset):
+        """Write all of ``buffer`` at ``offset``; returns its length in bytes."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef Py_buffer view
+        cdef q2_status rc
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                rc = self.write_at(Q2_SITE_DATA_WRITE, view.buf, view.len, off, 0)
+            check_status(rc, self.name)
+            return view.len
+        finally:
+            PyBuffer_Release(&view)
+
+    def flush(self):
+        """What was written before the call is on stable storage after it."""
+        cdef q2_status rc
+        with nogil:
+            rc = self.sync(Q2_SITE_FLUSH)
+        check_status(rc, self.name)
+
+    def truncate(self, size):
+        """Make the storage ``size`` bytes long; what it grows by reads as zeros."""
+        cdef uint64_t nbytes = checked_offset(size, "size")
+        cdef q2_status rc
+        with nogil:
+            rc = self.set_size(Q2_SITE_TRUNCATE, nbytes)
+        check_status(rc, self.name)
+
+    def punch(self, offset, length):
+        """Give a range back to the host where it can take it; its bytes are then undefined."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n = checked_offset(length, "length")
+        cdef q2_status rc
+        with nogil:
+            rc = self.punch_hole(Q2_SITE_PUNCH, off, n)
+        check_status(rc, self.name)
+
+    def extent(self, offset, length):
+        """The run at ``offset`` as ``(length, kind)``: "data", "zero" or "end" (past the end)."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n = checked_offset(length, "length")
+        cdef q2_extent run
+        cdef q2_status rc
+        with nogil:
+            rc = self.extent_at(off, n, &run)
+        check_status(rc, self.name)
+        return run.nbytes, ("end", "data", "zero")[run.kind]
+
+    def zero(self, offset, length, *, bint may_unmap=False):
+        """Make a range read as zeros; with ``may_unmap`` a hole will do."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n = checked_offset(length, "length")
+        cdef uint32_t flags = ZERO_MAY_UNMAP if may_unmap else 0
+        cdef q2_status rc
+        with nogil:
+            rc = self.zero_range(Q2_SITE_ZERO_WRITE, off, n, flags)
+        check_status(rc, self.name)
+
+    def reserve(self, offset, length):
+        """Take host blocks for a range; its bytes stay, the size may grow to its end."""
+        cdef uint64_t off = checked_offset(offset, "offset")
+        cdef uint64_t n = checked_offset(length, "length")
+        cdef q2_status rc
+        with nogil:
+            rc = self.allocate(Q2_SITE_PREALLOCATE, off, n)
+        check_status(rc, self.name)
+
+    def close(self):
+        """Let go of what the storage holds. Does not flush."""
+
+    @property
+    def writable(self):
+        """Whether writes are allowed."""
+        return not self.read_only
+
+    @property
+    def alignment(self):
+        """What O_DIRECT asks of offsets here, in bytes; 1 where there is no such need."""
+        return self.align
+
+    @property
+    def unsynced_writes(self):
+        """How many finished writes no flush (or durable write) covers yet."""
+        return q2_load(&self.write_seq) - q2_load(&self.durable_seq)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {self.name!r}{'' if self.read_only else ' writable'}>"
+
+
+cdef uint64_t checked_offset(value, str what) except? 0:
+    """A Python integer as an offset or length; ValueError outside 0 .. 2**63 - 2."""
+    number = value.__index__() if not isinstance(value, int) else value
+    if not 0 <= number < INT64_MAX:
+        raise ValueError(f"{what} {number} is out of range")
+    return number
+
+
+cdef uint64_t until_end(Storage self, uint64_t length, uint64_t off) except? 0:
+    """How much of a range lies before the end of the storage."""
+    cdef uint64_t size = self.size()
+    return 0 if off >= size else min(length, size - off)
+
+
+cdef void fill_extent(q2_extent *out, uint64_t off, uint64_t nbytes, uint8_t kind) noexcept nogil:
+    memset(out, 0, sizeof(q2_extent))
+    out.guest_off = out.host_off = off
+    out.nbytes = nbytes
+    out.kind = kind
+
+
+# ---- Lists of buffers ---------------------------------------------------------------------------
+
+# A place in an iovec list, which stays as it was.
+ctypedef struct iov_cursor:
+    const iovec *iov
+    int n
+    size_t used              # how much of iov[0] is done
+
+
+cdef size_t iov_bytes(const iovec *iov, int n) noexcept nogil:
+    cdef size_t total = 0
+    cdef int i
+    for i in range(n):
+        total += iov[i].iov_len
+    return total
+
+
+cdef void advance(iov_cursor *at, size_t n) noexcept nogil:
+    """Moves on by n bytes, and past what is empty."""
+    at.used += n
+    while at.n > 0 and at.used >= at.iov[0].iov_len:
+        at.used -= at.iov[0].iov_len
+        at.iov += 1
+        at.n -= 1
+
+
+cdef void take_bytes(iov_cursor *at, void *dst, size_t n) noexcept nogil:
+    cdef size_t part
+    cdef char *to = <char *>dst
+    advance(at, 0)
+    while n > 0:
+        part = min(n, at.iov[0].iov_len - at.used)
+        memcpy(to, <char *>at.iov[0].iov_base + at.used, part)
+        to += part
+        n -= part
+        advance(at, part)
+
+
+# ---- FileStorage: a regular file or block device ------------------------------------------------
+
+CACHE_MODES = ("writeback", "none", "writethrough", "directsync", "unsafe")
+
+cdef dict FILE_KINDS = {
+    stat_mode.S_IFDIR: "a directory", stat_mode.S_IFIFO: "a FIFO",
+    stat_mode.S_IFCHR: "a character device", stat_mode.S_IFSOCK: "a socket",
+}
+
+
+cdef class FileStorage(Storage):
+    """A regular file or block device: ``FileStorage(path_or_fd, writable=False, cache=...)``.
+
+    ``cache`` is one of :data:`CACHE_MODES`, with QEMU's meaning: "writeback" (durable at flush),
+    "none" (the same past the page cache, O_DIRECT), "writethrough" and "directsync" (the same two,
+    every write durable when it returns) and "unsafe" (flush does nothing).
+
+    ``create`` makes the file where there is none, ``exclusive`` besides refuses one that is there.
+    A descriptor is duplicated: the caller's own stays open and its cursor where it was. In the
+    O_DIRECT modes it is opened anew, since O_DIRECT belongs to the open file and not to the number.
+
+    With O_DIRECT a write that ends past the end of the file, off the alignment, leaves the file
+    longer than it asked for, by zeros up to the next multiple of ``alignment``.
+    """
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __init__(self, source, bint writable=False, str cache="writeback", *,
+                 bint create=False, bint exclusive=False):
+        if self.fd >= 0:
+            raise RuntimeError("FileStorage is already open")
+        if cache not in CACHE_MODES:
+            raise ValueError(f"cache mode {cache!r} is not one of {', '.join(CACHE_MODES)}")
+        direct = cache in ("none", "directsync")
+        if isinstance(source, int):
+            self.name = f"<fd {source}>"
+            self.fd = adopt_descriptor(source, writable, direct, cache, self.name)
+            self.shared_cursor = not direct
+            # The owner may have opened it O_DIRECT; then its rules hold whatever the mode says.
+            direct = direct or has_direct(self.fd)
+        else:
+            self.name = os.fsdecode(source)
+            self.fd = open_path(source, writable, direct, cache, create, exclusive, self.name)
+        self._inspect(direct)
+        self.read_only = not writable
+        self.ignore_sync = cache == "unsafe"
+        self.durable_writes = cache in ("writethrough", "directsync")
+        self.can_punch = self.can_zero = self.can_dsync = True
+
+    def _inspect(self, bint direct):
+        """Learn what the descriptor is; only a regular file or block device will do."""
+        status = os.fstat(self.fd)
+        kind = stat_mode.S_IFMT(status.st_mode)
+        if kind == stat_mode.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", self.name)
+        if kind not in (stat_mode.S_IFREG, stat_mode.S_IFBLK):
+            raise storage_error(errno.EINVAL, self.name, f"is {FILE_KINDS.get(kind, 'no file')}; "
+                                "an image lives in a regular file or a block device")
+        self.is_block_device = self.fixed_size = kind == stat_mode.S_IFBLK
+        self.zero_past_end = not self.is_block_device
+        cdef uint64_t nbytes = 0
+        check_status(self.get_size(&nbytes), self.name)
+        if direct:
+            q2_direct_alignment(self.fd, self.is_block_device, &self.mem_align, &self.align)
+            self.edges = q2_edges_new()
+            self.bounce = malloc(sizeof(q2_pool))
+            if self.edges is NULL or self.bounce is NULL:
+                raise MemoryError()
+            q2_pool_init(<q2_pool *>self.bounce, BOUNCE_KEPT)
+
+    def __dealloc__(self):
+        cdef void *buf
+        if self.fd >= 0:
+            c_close(self.fd)
+        if self.edges is not NULL:
+            pthread_rwlock_destroy(<pthread_rwlock_t *>self.edges)
+            free(self.edges)
+        if self.bounce is not NULL:
+            buf = q2_pool_take(<q2_pool *>self.bounce)
+            while buf is not NULL:
+                free(buf)
+                buf = q2_pool_take(<q2_pool *>self.bounce)
+            free(self.bounce)
+
+    def close(self):
+        """Close the file. Other threads' calls under way finish, later ones raise ValueError.
+
+        Does not flush: what was written is then as durable as the kernel happens to make it.
+        """
+        if self.fd >= 0 and not self.closed:
+            self.closed = True
+            if q2_retire_fd(self.fd) != 0:
+                raise OSError(c_errno, os.strerror(c_errno), self.name)
+
+    @property
+    def is_closed(self):
+        """Whether :meth:`close` was called."""
+        return self.closed
+
+    # -- reading --
+
+    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil:
+        if self.bounce is NULL or (is_aligned(off | nbytes, self.align)
+                                   and is_aligned(<uintptr_t>buf, self.mem_align)):
+            return pread_all(self, site, <char *>buf, nbytes, off)
+        return read_unaligned(self, site, <char *>buf, nbytes, off)
+
+    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
+        cdef c_stat status
+        cdef int64_t size = -1
+        if self.is_block_device:
+            size = q2_device_size(self.fd)
+        elif c_fstat(self.fd, &status) == 0:
+            size = status.st_size
+        if size < 0:
+            return fail_here(self, c_errno, Q2_SITE_NONE, 0, b"cannot learn the size")
+        q2_raise_to(&self.file_size, <uint64_t>size)
+        nbytes[0] = <uint64_t>size
+        return Q2_OK
+
+    cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept nogil:
+        cdef uint64_t size = 0
+        cdef int64_t data
+        cdef int64_t hole
+        cdef q2_status rc = self.get_size(&size)
+        if rc != Q2_OK:
+            return rc
+        if off >= size:
+            fill_extent(out, off, nbytes, Q2_KIND_UNALLOCATED)
+            return Q2_OK
+        nbytes = min(nbytes, size - off)
+        data = q2_seek_run(self.fd, off, SEEK_DATA, self.shared_cursor)
+        if data < 0 and c_errno == ENXIO:
+            fill_extent(out, off, nbytes, Q2_KIND_ZERO)
+        elif data > <int64_t>off:
+            fill_extent(out, off, min(nbytes, <uint64_t>data - off), Q2_KIND_ZERO)
+        else:
+            # Data, or a host that cannot tell (a block device): data is always a safe answer.
+            hole = q2_seek_run(self.fd, off, SEEK_HOLE, self.shared_cursor) if data >= 0 else -1
+            if hole > <int64_t>off:
+                nbytes = min(nbytes, <uint64_t>hole - off)
+            fill_extent(out, off, nbytes, Q2_KIND_DATA)
+        return Q2_OK
+
+    # -- writing --
+
+    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
+                            uint32_t flags) noexcept nogil:
+        cdef iovec one
+        one.iov_base = <void *>buf
+        one.iov_len = nbytes
+        return self.writev_at(site, &one, 1, off, flags)
+
+    cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
+                             uint32_t flags) noexcept nogil:
+        cdef size_t nbytes = iov_bytes(iov, iovcnt)
+        cdef bint durable = not self.ignore_sync and (
+            flags & WRITE_FUA or (self.durable_writes and not flags & WRITE_DEFERRED))
+        cdef bint dsync = durable and self.can_dsync
+        cdef q2_status rc
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if nbytes == 0:
+            return Q2_OK
+        if self.bounce is NULL:
+            # More than one transfer is made durable by one sync at the end, not one by one.
+            dsync = dsync and iovcnt <= IOV_BATCH
+            rc = pwritev_all(self, site, iov, iovcnt, off, &dsync)
+        else:
+            rc = write_direct(self, site, iov, iovcnt, nbytes, off, &dsync)
+        if rc != Q2_OK:
+            return rc
+        q2_raise_to(&self.file_size, off + nbytes)
+        if dsync:
+            q2_step_durable(&self.durable_seq, q2_add(&self.write_seq, 1))
+            return Q2_OK
+        self.note_write()
+        return self.sync(site) if durable else Q2_OK
+
+    cdef q2_status sync(self, int32_t site) noexcept nogil:
+        cdef uint64_t seq = q2_load(&self.write_seq)
+        # Once a sync failed, the kernel forgets the pages it could not write and the next sync
+        # would claim success for them. (O_DIRECT data never was in its hands.)
+        if self.sync_errno != 0:
+            return fail_here(self, self.sync_errno, site, 0, b"an earlier flush failed")
+        while not self.ignore_sync and c_fdatasync(self.fd) != 0:
+            if c_errno != EINTR:
+                if self.bounce is NULL and not self.closed:
+                    self.sync_errno = c_errno
+                return fail_here(self, c_errno, site, 0, b"flush failed")
+        self.note_sync(seq)
+        return Q2_OK
+
+    # -- size and space --
+
+    cdef q2_status set_size(self, int32_t site, uint64_t nbytes) noexcept nogil:
+        cdef uint64_t size = 0
+        cdef int rc = -1
+        cdef q2_status status
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, nbytes, b"the storage is open read-only")
+        if self.is_block_device:
+            status = self.get_size(&size)
+            if status == Q2_OK and nbytes > size:
+                return fail_errno(ENOSPC, site, nbytes, b"the block device is smaller than that")
+            return status
+        hold_edges(self, False)
+        while rc != 0:
+            rc = c_ftruncate(self.fd, nbytes)
+            if rc != 0 and c_errno != EINTR:
+                break
+        release_edges(self)
+        if rc != 0:
+            return fail_here(self, c_errno, site, nbytes, b"cannot change the size")
+        q2_store(&self.file_size, nbytes)
+        self.note_write()
+        return Q2_OK
+
+    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if not self.can_punch or nbytes == 0:
+            return Q2_OK
+        cdef int failure = fallocate_range(self, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off,
+                                           nbytes)
+        if failure == 0:
+            self.note_write()
+            return Q2_OK
+        if host_cannot(failure):
+            # EINVAL is a matter of this one range (a device's own alignment), not of the host.
+            if failure != EINVAL:
+                self.can_punch = False
+            return Q2_OK
+        return fail_here(self, failure, site, off, b"cannot give space back to the host")
+
+    cdef q2_status zero_range(self, int32_t site, uint64_t off, uint64_t nbytes,
+                              uint32_t flags) noexcept nogil:
+        cdef int failure = EOPNOTSUPP
+        cdef uint64_t size = 0
+        cdef uint64_t end = off + nbytes
+        cdef uint64_t last
+        cdef q2_status rc
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if nbytes == 0:
+            return Q2_OK
+        if flags & ZERO_MAY_UNMAP and self.can_punch:
+            failure = fallocate_range(self, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off, nbytes)
+            if failure == 0 and not self.is_block_device:
+                # A hole never extends the file. Zeros at the end do, and unlike ftruncate they
+                # cannot cut off what another thread appends meanwhile.
+                rc = self.get_size(&size)
+                if rc != Q2_OK:
+                    return rc
+                if end > size:
+                    last = max(off, (end - 1) & ~<uint64_t>511)
+                    return Storage.zero_range(self, site, last, end - last, 0)
+        elif self.can_zero:
+            failure = fallocate_range(self, FALLOC_FL_ZERO_RANGE, off, nbytes)
+            if failure in (EOPNOTSUPP, ENOSYS, ENODEV):
+                self.can_zero = False
+        if failure == 0:
+            q2_raise_to(&self.file_size, end)
+            self.note_write()
+            return self.sync(site) if self.durable_writes else Q2_OK
+        if host_cannot(failure):
+            return Storage.zero_range(self, site, off, nbytes, 0)
+        return fail_here(self, failure, site, off, b"cannot write zeros")
+
+    cdef q2_status allocate(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        cdef uint64_t size = 0
+        cdef q2_status rc
+        cdef int failure
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if self.is_block_device:
+            rc = self.get_size(&size)
+            if rc == Q2_OK and off + nbytes > size:
+                return fail_errno(ENOSPC, site, off, b"the block device is smaller than that")
+            return rc
+        if nbytes == 0:
+            return Q2_OK
+        failure = fallocate_range(self, 0, off, nbytes)
+        if failure == 0:
+            q2_raise_to(&self.file_size, off + nbytes)
+            self.note_write()
+            return Q2_OK
+        if host_cannot(failure):
+            return fail(Q2_E_UNSUPPORTED, site, off, b"this file system cannot reserve space")
+        return fail_here(self, failure, site, off, b"cannot reserve space")
+
+
+# Opening ------------------------------------------------------------------------------------------
+
+def storage_error(int number, str name, str what):
+    """A StorageError that names the file."""
+    exc = StorageError(number, f"{name}: {what}")
+    exc.path = name
+    return exc
+
+
+def open_path(path, bint writable, bint direct, str cache, bint create, bint exclusive, str name):
+    """Open a path for FileStorage; OSError as open() gives it."""
+    import fcntl
+    # O_NONBLOCK: a FIFO without a peer must be refused, not waited for.
+    flags = os.O_RDWR if writable else os.O_RDONLY
+    flags |= os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    if create or exclusive:
+        flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
+    try:
+        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o666)
+    except OSError as exc:
+        if direct and exc.errno == errno.EINVAL:
+            raise no_direct(name, cache) from None
+        raise
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+    return fd
+
+
+def no_direct(str name, str cache):
+    """What to say where O_DIRECT is refused."""
+    return storage_error(errno.EINVAL, name, f"cache mode {cache!r} needs O_DIRECT, which this "
+                         "file system refuses; use 'writeback' or 'writethrough'")
+
+
+def has_direct(int fd):
+    """Whether the descriptor was opened O_DIRECT."""
+    import fcntl
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+
+def adopt_descriptor(int fd, bint writable, bint direct, str cache, str name):
+    """A descriptor of our own for one handed in, after a look at what it allows."""
+    import fcntl
+    if fd < 0:
+        raise ValueError(f"file descriptor {fd} is negative")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH:
+        raise storage_error(errno.EBADF, name, "was opened O_PATH and cannot be read")
+    access = flags & os.O_ACCMODE
+    if access == os.O_WRONLY:
+        raise PermissionError(errno.EACCES, f"{name}: is open write-only; an image must be read")
+    if writable and access != os.O_RDWR:
+        raise PermissionError(errno.EACCES, f"{name}: is open read-only and cannot be written")
+    if writable and flags & os.O_APPEND:
+        # Linux ignores the offset of pwrite on such a descriptor.
+        raise storage_error(errno.EINVAL, name, "is open for appending; writes would all go to "
+                            "the end")
+    if not direct or flags & os.O_DIRECT:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_DIRECT | os.O_NONBLOCK)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:
+            raise no_direct(name, cache) from None
+        raise
+
+
+# The work ------------------------------------------------------------------------------------------
+
+cdef inline bint is_aligned(uint64_t value, uint32_t align) noexcept nogil:
+    return (value & (align - 1)) == 0
+
+
+cdef inline bint host_cannot(int number) noexcept nogil:
+    """Whether a failed fallocate means that the host has no such thing here."""
+    return (number == EOPNOTSUPP or number == ENOSYS or number == EINVAL or number == ENODEV
+            or number == ENOTTY or number == EPERM)
+
+
+cdef q2_status fail_here(FileStorage self, int number, int32_t site, uint64_t off,
+                         const char *what) noexcept nogil:
+    if number == EBADF and self.closed:
+        return fail(Q2_E_CLOSED, site, off, b"the storage is closed")
+    return fail_errno(number, site, off, what)
+
+
+cdef q2_status pread_all(FileStorage self, int32_t site, char *buf, size_t nbytes,
+                         uint64_t off) noexcept nogil:
+    cdef ssize_t got
+    while nbytes > 0:
+        got = c_pread(self.fd, buf, nbytes, off)
+        if got < 0:
+            if c_errno == EINTR:
+                continue
+            return fail_here(self, c_errno, site, off, b"read failed")
+        # With O_DIRECT a count off the alignment is the end of the file: to go on reading there
+        # would be refused.
+        if got == 0 or not is_aligned(got, self.align):
+            memset(buf + got, 0, nbytes - got)
+            return Q2_OK
+        buf += got
+        off += got
+        nbytes -= got
+    return Q2_OK
+
+
+cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int iovcnt,
+                           uint64_t off, bint *dsync) noexcept nogil:
+    """Writes all of the list; *dsync asks for durability and is cleared if the kernel has none."""
+    cdef iovec part[IOV_BATCH]
+    cdef iov_cursor at = iov_cursor(iov, iovcnt, 0)
+    cdef ssize_t done
+    cdef int n
+    advance(&at, 0)
+    while at.n > 0:
+        n = min(at.n, <int>IOV_BATCH)
+        memcpy(part, at.iov, n * sizeof(iovec))
+        part[0].iov_base = <char *>part[0].iov_base + at.used
+        part[0].iov_len -= at.used
+        done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
+        if done > 0:
+            off += done
+            advance(&at, done)
+        elif done == 0:
+            return fail_errno(ENOSPC, site, off, b"the storage takes no more bytes")
+        elif dsync[0] and (c_errno == EOPNOTSUPP or c_errno == ENOSYS):
+            self.can_dsync = False
+            dsync[0] = False
+        elif c_errno != EINTR:
+            return fail_here(self, c_errno, site, off, b"write failed")
+    return Q2_OK
+
+
+cdef int fallocate_range(FileStorage self, int mode, uint64_t off, uint64_t nbytes) noexcept nogil:
+    """fallocate; 0 or an errno."""
+    cdef int failure = 0
+    hold_edges(self, is_aligned(off | nbytes, self.align))
+    while c_fallocate(self.fd, mode, off, nbytes) != 0:
+        failure = c_errno
+        if failure != EINTR:
+            break
+        failure = 0
+    release_edges(self)
+    return failure
+
+
+# O_DIRECT ------------------------------------------------------------------------------------------
+#
+# The kernel takes whole blocks only, so a write with an edge inside a block reads the block, merges
+# and writes it back. Between its read and its write another write may finish in the other part of
+# the same block and be acknowledged; writing back the stale edge would undo it. Hence the lock
+# `edges`: unaligned writes are alone, aligned ones share. Reads need no lock: both the old and the
+# merged block have the same bytes wherever the merging write was not asked to change them.
+
+cdef void hold_edges(FileStorage self, bint shared) noexcept nogil:
+    if self.edges is NULL:
+        return
+    if shared:
+        pthread_rwlock_rdlock(<pthread_rwlock_t *>self.edges)
+    else:
+        pthread_rwlock_wrlock(<pthread_rwlock_t *>self.edges)
+
+
+cdef void release_edges(FileStorage self) noexcept nogil:
+    if self.edges is not NULL:
+        pthread_rwlock_unlock(<pthread_rwlock_t *>self.edges)
+
+
+cdef char *take_bounce(FileStorage self) noexcept nogil:
+    cdef void *buf = q2_pool_take(<q2_pool *>self.bounce)
+    if buf is NULL and posix_memalign(&buf, 4096, BOUNCE_BYTES) != 0:
+        return NULL
+    return <char *>buf
+
+
+cdef void give_bounce(FileStorage self, char *buf) noexcept nogil:
+    if not q2_pool_give(<q2_pool *>self.bounce, buf):
+        free(buf)
+
+
+cdef q2_status read_unaligned(FileStorage self, int32_t site, char *buf, size_t nbytes,
+                              uint64_t off) noexcept nogil:
+    cdef uint32_t mask = self.align - 1
+    cdef size_t before
+    cdef size_t n
+    cdef q2_status rc = Q2_OK
+    cdef char *bounce = take_bounce(self)
+    if bounce is NULL:
+        return fail(Q2_E_NOMEM, site, off, b"no memory for an aligned buffer")
+    while nbytes > 0 and rc == Q2_OK:
+        before = off & mask
+        if before == 0 and nbytes > SPLIT_BYTES and is_aligned(<uintptr_t>buf, self.mem_align):
+            n = nbytes & ~<size_t>mask
+            rc = pread_all(self, site, buf, n, off)
+        else:
+            n = min(nbytes, BOUNCE_BYTES - before)
+            rc = pread_all(self, site, bounce, (before + n + mask) & ~<size_t>mask, off - before)
+            if rc == Q2_OK:
+                memcpy(buf, bounce + before, n)
+        buf += n
+        off += n
+        nbytes -= n
+    give_bounce(self, bounce)
+    return rc
+
+
+cdef bint list_is_aligned(FileStorage self, const iovec *iov, int n) noexcept nogil:
+    cdef int i
+    for i in range(n):
+        if not is_aligned(iov[i].iov_len, self.align):
+            return False
+        if not is_aligned(<uintptr_t>iov[i].iov_base, self.mem_align):
+            return False
+    return True
+
+
+cdef q2_status write_direct(FileStorage self, int32_t site, const iovec *iov, int iovcnt,
+                            size_t nbytes, uint64_t off, bint *dsync) noexcept nogil:
+    cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
+    cdef size_t before
+    cdef size_t n
+    cdef q2_status rc = Q2_OK
+    cdef char *bounce
+    if is_aligned(off, self.align) and list_is_aligned(self, iov, iovcnt):
+        dsync[0] = dsync[0] and iovcnt <= IOV_BATCH
+        hold_edges(self, True)
+        rc = pwritev_all(self, site, iov, iovcnt, off, dsync)
+        release_edges(self)
+        return rc
+    bounce = take_bounce(self)
+    if bounce is NULL:
+        return fail(Q2_E_NOMEM, site, off, b"no memory for an aligned buffer")
+    # In pieces there is one sync at the end instead of a durable write each.
+    dsync[0] = dsync[0] and (off & (self.align - 1)) + nbytes <= BOUNCE_BYTES
+    while nbytes > 0 and rc == Q2_OK:
+        before = off & (self.align - 1)
+        n = min(nbytes, BOUNCE_BYTES - before)
+        rc = write_piece(self, site, &src, bounce, n, off, dsync)
+        off += n
+        nbytes -= n
+    give_bounce(self, bounce)
+    return rc
+
+
+cdef q2_status write_piece(FileStorage self, int32_t site, iov_cursor *src, char *bounce, size_t n,
+                           uint64_t off, bint *dsync) noexcept nogil:
+    """At most one bounce buffer's worth: the edges from the file, the rest from src."""
+    cdef uint32_t align = self.align
+    cdef size_t before = off & (align - 1)
+    cdef size_t span = (before + n + align - 1) & ~<size_t>(align - 1)
+    cdef bint whole = before == 0 and span == n
+    cdef uint64_t start = off - before
+    cdef iovec one
+    cdef q2_status rc = Q2_OK
+    one.iov_base = bounce
+    one.iov_len = span
+    hold_edges(self, whole)
+    if before:
+        rc = pread_all(self, site, bounce, align, start)
+    if rc == Q2_OK and before + n != span and (before == 0 or span > align):
+        rc = pread_all(self, site, bounce + span - align, align, start + span - align)
+    if rc == Q2_OK:
+        take_bytes(src, bounce + before, n)
+        rc = pwritev_all(self, site, &one, 1, start, dsync)
+    release_edges(self)
+    return rc
+
+
+# ---- PyStorage: any Python object ----------------------------------------------------------------
+#
+# Each method comes as a pair: the one the core calls, without the GIL, and a half that holds it
+# and never lets an exception out: the exception is kept for check_status and a status goes up.
+
+cdef class PyStorage(Storage):
+    """A Python object with ``size()`` and ``pread(length, offset)``.
+
+    For writing also ``pwrite(buffer, offset)``, ``flush()`` and ``truncate(size)``; optionally
+    ``preadinto(buffer, offset)`` and ``punch(offset, length)``. ``pread`` and ``preadinto`` may give
+    less than asked for; nothing at all only at or past the end. ``pwrite`` is handed ``bytes``, which
+    it may keep, and returns how many it took. The buffer that ``preadinto`` fills must not be kept.
+
+    What the object raises reaches the caller as it is. Calls may come from any thread, one at a
+    time as far as the GIL goes; the order of writes and flushes is that of the image.
+    """
+
+    def __init__(self, obj, bint writable=False):
+        needs = ["size", "pread"] + (["pwrite", "flush", "truncate"] if writable else [])
+        missing = [name for name in needs if not callable(getattr(obj, name, None))]
+        if missing:
+            raise TypeError(f"{type(obj).__name__} object cannot be "
+                            f"{'written' if writable else 'read'} as storage: it has no "
+                            f"{', '.join(missing)}")
+        name = getattr(obj, "name", None)
+        self.name = name if isinstance(name, str) else f"<{type(obj).__name__}>"
+        self.obj = obj
+        self.read_only = not writable
+        self.has_preadinto = callable(getattr(obj, "preadinto", None))
+        self.has_punch = callable(getattr(obj, "punch", None))
+
+    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil:
+        with gil:
+            return read_gil(self, site, <char *>buf, nbytes, off)
+
+    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
+                            uint32_t flags) noexcept nogil:
+        cdef iovec one
+        one.iov_base = <void *>buf
+        one.iov_len = nbytes
+        with gil:
+            return write_gil(self, site, &one, 1, off, flags)
+
+    cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
+                             uint32_t flags) noexcept nogil:
+        with gil:
+            return write_gil(self, site, iov, iovcnt, off, flags)
+
+    cdef q2_status sync(self, int32_t site) noexcept nogil:
+        with gil:
+            return sync_gil(self, site)
+
+    cdef q2_status set_size(self, int32_t site, uint64_t nbytes) noexcept nogil:
+        with gil:
+            return set_size_gil(self, site, nbytes)
+
+    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
+        with gil:
+            return get_size_gil(self, nbytes)
+
+    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if not self.has_punch:
+            return Q2_OK
+        with gil:
+            return punch_gil(self, site, off, nbytes)
+
+
+cdef q2_status read_gil(PyStorage self, int32_t site, char *buf, size_t nbytes,
+                        uint64_t off) noexcept:
+    cdef size_t got
+    cdef uint64_t size = 0
+    cdef q2_status rc
+    try:
+        while nbytes > 0:
+            got = preadinto_gil(self, buf, nbytes, off) if self.has_preadinto else                 pread_gil(self, buf, nbytes, off)
+            if got == 0:
+                rc = get_size_gil(self, &size)
+                if rc != Q2_OK:
+                    return rc
+                if off < size:
+                    raise storage_error(errno.EIO, self.name, f"read returned nothing at offset "
+                                        f"{off}, before the end at {size}")
+                memset(buf, 0, nbytes)
+                break
+            buf += got
+            off += got
+            nbytes -= got
+    except BaseException:
+        return stash_exception_gil(site, off)
+    return Q2_OK
+
+
+cdef size_t pread_gil(PyStorage self, char *buf, size_t nbytes, uint64_t off) except? 0:
+    cdef Py_buffer view
+    data = self.obj.pread(nbytes, off)
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        if <size_t>view.len > nbytes:
+            raise ValueError(f"{self.name}: pread({nbytes}, {off}) returned {view.len} bytes")
+        memcpy(buf, view.buf, view.len)
+        return view.len
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef size_t preadinto_gil(PyStorage self, char *buf, size_t nbytes, uint64_t off) except? 0:
+    window = PyMemoryView_FromMemory(buf, nbytes, PyBUF_WRITE)
+    try:
+        return checked_count(self, "preadinto", self.obj.preadinto(window, off), nbytes)
+    finally:
+        window.release()
+
+
+cdef size_t checked_count(PyStorage self, str method, count, size_t most) except? 0:
+    number = count.__index__()
+    if not 0 <= number <= most:
+        raise ValueError(f"{self.name}: {method} of {most} bytes returned {number}")
+    return number
+
+
+cdef q2_status write_gil(PyStorage self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
+                         uint32_t flags) noexcept:
+    cdef size_t nbytes = iov_bytes(iov, iovcnt)
+    cdef size_t done = 0
+    cdef size_t took
+    cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
+    if self.read_only:
+        return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+    if nbytes == 0:
+        return Q2_OK
+    try:
+        # A copy that the object may keep: a view of our memory that it kept would dangle.
+        data = PyBytes_FromStringAndSize(NULL, nbytes)
+        take_bytes(&src, PyBytes_AS_STRING(data), nbytes)
+        while done < nbytes:
+            took = checked_count(self, "pwrite",
+                                 self.obj.pwrite(data if done == 0 else data[done:], off + done),
+                                 nbytes - done)
+            if took == 0:
+                raise storage_error(errno.EIO, self.name,
+                                    f"pwrite took nothing at offset {off + done}")
+            done += took
+    except BaseException:
+        return stash_exception_gil(site, off + done)
+    self.note_write()
+    return sync_gil(self, site) if flags & WRITE_FUA else Q2_OK
+
+
+cdef q2_status sync_gil(PyStorage self, int32_t site) noexcept:
+    cdef uint64_t seq = q2_load(&self.write_seq)
+    if not self.read_only:
+        try:
+            self.obj.flush()
+        except BaseException:
+            return stash_exception_gil(site, 0)
+    self.note_sync(seq)
+    return Q2_OK
+
+
+cdef q2_status set_size_gil(PyStorage self, int32_t site, uint64_t nbytes) noexcept:
+    if self.read_only:
+        return fail(Q2_E_READONLY, site, nbytes, b"the storage is open read-only")
+    try:
+        self.obj.truncate(nbytes)
+    except BaseException:
+        return stash_exception_gil(site, nbytes)
+    self.note_write()
+    return Q2_OK
+
+
+cdef q2_status get_size_gil(PyStorage self, uint64_t *nbytes) noexcept:
+    try:
+        nbytes[0] = checked_offset(self.obj.size(), "size()")
+    except BaseException:
+        return stash_exception_gil(Q2_SITE_NONE, 0)
+    return Q2_OK
+
+
+cdef q2_status punch_gil(PyStorage self, int32_t site, uint64_t off, uint64_t nbytes) noexcept:
+    try:
+        self.obj.punch(off, nbytes)
+    except BaseException:
+        return stash_exception_gil(site, off)
+    self.note_write()
+    return Q2_OK
