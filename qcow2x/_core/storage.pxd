@@ -30,6 +30,9 @@ cdef class Storage:
     cdef uint32_t align              # 1, or what O_DIRECT asks of memory and offsets (512, 4096)
     cdef bint read_only
     cdef bint fixed_size             # a block device: truncate cannot grow it
+    cdef bint ignore_sync            # cache mode unsafe
+    cdef bint durable_writes         # cache modes writethrough and directsync: each write is FUA
+                                     # unless WRITE_DEFERRED
     cdef bint zero_past_end          # growing by a write leaves the gap reading as zeros
 
     # Order of writes: write_seq counts finished writes, everything up to durable_seq is on
@@ -74,9 +77,6 @@ cdef class FileStorage(Storage):
     # A regular file or block device, buffered or O_DIRECT; owns its descriptor (a descriptor
     # handed in is duplicated). FileStorage(path_or_fd, writable=False, cache="writeback")
     cdef int fd
-    cdef bint ignore_sync            # cache mode unsafe
-    cdef bint durable_writes         # cache modes writethrough and directsync: each write is FUA
-                                     # unless WRITE_DEFERRED
     cdef bint is_block_device
     cdef bint shared_cursor          # the descriptor was handed in: its owner sees our lseek
     cdef bint closed
@@ -89,12 +89,3 @@ cdef class FileStorage(Storage):
     cdef uint64_t file_size          # at least the size as this object has grown it; atomic
     cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones
     cdef void *bounce                # pool of aligned buffers, NULL when buffered
-
-
-cdef class PyStorage(Storage):
-    # Any Python object with size(), pread(length, offset) and for writing pwrite(buffer, offset),
-    # flush(), truncate(size); optional preadinto(buffer, offset), punch(offset, length).
-    # The order of its calls is exactly the order of writes of docs/architecture.md, section 5.
-    cdef object obj
-    cdef bint has_preadinto
-    cdef bint has_punch

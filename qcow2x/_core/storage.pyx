@@ -1,28 +1,27 @@
 # cython: language_level=3
-"""Where bytes live: a file or block device, or any Python object with pread and pwrite.
+"""Where bytes live: the interface, and the regular file or block device.
 
 Every method that the core calls does its whole range or fails; retries, short transfers, zeros
 past the end and O_DIRECT's alignment are dealt with here and nowhere else.
 """
-import errno
 import os
 import stat as stat_mode
 
-from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_Release,
-                             PyObject_GetBuffer)
+from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport (EBADF, EINTR, EINVAL, ENODEV, ENOSPC, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP,
                          EPERM)
 from libc.errno cimport errno as c_errno
-from libc.stdint cimport INT64_MAX, UINT32_MAX, int64_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
 
-from qcow2x._core.errors cimport check_status, fail, fail_errno, stash_exception_gil
+from qcow2x._core.errors cimport check_status, fail, fail_errno
 from qcow2x._core.status cimport *
 
-from qcow2x.errors import StorageError
+from qcow2x._core.opening import (adopt_descriptor, check_mode, is_direct, open_path,
+                                  refuse_kind)
 
 cdef extern from "qcow2x/plan.h" nogil:
     enum:
@@ -35,6 +34,16 @@ cdef extern from "qcow2x/atomics.h" nogil:
     void q2_store(uint64_t *p, uint64_t v)
     uint64_t q2_add(uint64_t *p, uint64_t v)
     void q2_raise_to(uint64_t *p, uint64_t v)
+
+cdef extern from "qcow2x/iov.h" nogil:
+    ctypedef struct q2_iov:
+        const iovec *iov
+        int n
+        size_t used
+    q2_iov q2_iov_start(const iovec *iov, int n)
+    size_t q2_iov_bytes(const iovec *iov, int n)
+    void q2_iov_advance(q2_iov *at, size_t n)
+    void q2_iov_take(q2_iov *at, void *dst, size_t n)
 
 cdef extern from "qcow2x/pool.h" nogil:
     ctypedef struct q2_pool:
@@ -78,9 +87,6 @@ cdef extern from "qcow2x/hostfile.h" nogil:
     int c_close "close"(int fd)
     int posix_memalign(void **p, size_t align, size_t n)
 
-cdef extern from "Python.h":
-    object PyMemoryView_FromMemory(char *mem, Py_ssize_t n, int flags)
-
 cdef enum:
     BOUNCE_BYTES = 1 << 20    # one aligned buffer; more of an unaligned request goes in pieces
     BOUNCE_KEPT = 8
@@ -93,7 +99,7 @@ cdef enum:
 # ---- Storage: what every implementation has, and what it may leave out --------------------------
 
 cdef class Storage:
-    """Bytes that an image lives in. Subclasses: :class:`FileStorage`, :class:`PyStorage`.
+    """Bytes that an image lives in. Subclasses: FileStorage and PyStorage.
 
     Offsets and lengths are bytes. All methods may be called from any thread; the work is done
     without the GIL. Storage errors are StorageError (an OSError), NoSpace where there is no room.
@@ -117,10 +123,10 @@ cdef class Storage:
     cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
                              uint32_t flags) noexcept nogil:
         """Gathers and calls write_at, so an implementation needs only that."""
-        cdef size_t left = iov_bytes(iov, iovcnt)
+        cdef size_t left = q2_iov_bytes(iov, iovcnt)
         cdef size_t n
         cdef q2_status rc = Q2_OK
-        cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
+        cdef q2_iov src = q2_iov_start(iov, iovcnt)
         if iovcnt == 1:
             return self.write_at(site, iov[0].iov_base, left, off, flags)
         cdef void *gathered = malloc(min(left, <size_t>GATHER_BYTES) + 1)
@@ -128,7 +134,7 @@ cdef class Storage:
             return fail(Q2_E_NOMEM, site, off, b"no memory to gather a write")
         while left > 0 and rc == Q2_OK:
             n = min(left, <size_t>GATHER_BYTES)
-            take_bytes(&src, gathered, n)
+            q2_iov_take(&src, gathered, n)
             rc = self.write_at(site, gathered, n, off, flags)
             off += n
             left -= n
@@ -337,58 +343,12 @@ cdef void fill_extent(q2_extent *out, uint64_t off, uint64_t nbytes, uint8_t kin
     out.kind = kind
 
 
-# ---- Lists of buffers ---------------------------------------------------------------------------
-
-# A place in an iovec list, which stays as it was.
-ctypedef struct iov_cursor:
-    const iovec *iov
-    int n
-    size_t used              # how much of iov[0] is done
-
-
-cdef size_t iov_bytes(const iovec *iov, int n) noexcept nogil:
-    cdef size_t total = 0
-    cdef int i
-    for i in range(n):
-        total += iov[i].iov_len
-    return total
-
-
-cdef void advance(iov_cursor *at, size_t n) noexcept nogil:
-    """Moves on by n bytes, and past what is empty."""
-    at.used += n
-    while at.n > 0 and at.used >= at.iov[0].iov_len:
-        at.used -= at.iov[0].iov_len
-        at.iov += 1
-        at.n -= 1
-
-
-cdef void take_bytes(iov_cursor *at, void *dst, size_t n) noexcept nogil:
-    cdef size_t part
-    cdef char *to = <char *>dst
-    advance(at, 0)
-    while n > 0:
-        part = min(n, at.iov[0].iov_len - at.used)
-        memcpy(to, <char *>at.iov[0].iov_base + at.used, part)
-        to += part
-        n -= part
-        advance(at, part)
-
-
 # ---- FileStorage: a regular file or block device ------------------------------------------------
-
-CACHE_MODES = ("writeback", "none", "writethrough", "directsync", "unsafe")
-
-cdef dict FILE_KINDS = {
-    stat_mode.S_IFDIR: "a directory", stat_mode.S_IFIFO: "a FIFO",
-    stat_mode.S_IFCHR: "a character device", stat_mode.S_IFSOCK: "a socket",
-}
-
 
 cdef class FileStorage(Storage):
     """A regular file or block device: ``FileStorage(path_or_fd, writable=False, cache=...)``.
 
-    ``cache`` is one of :data:`CACHE_MODES`, with QEMU's meaning: "writeback" (durable at flush),
+    ``cache`` is one of :data:`qcow2x.storage.CACHE_MODES`, with QEMU's meaning: "writeback" (durable at flush),
     "none" (the same past the page cache, O_DIRECT), "writethrough" and "directsync" (the same two,
     every write durable when it returns) and "unsafe" (flush does nothing).
 
@@ -407,19 +367,15 @@ cdef class FileStorage(Storage):
                  bint create=False, bint exclusive=False):
         if self.fd >= 0:
             raise RuntimeError("FileStorage is already open")
-        if cache not in CACHE_MODES:
-            raise ValueError(f"cache mode {cache!r} is not one of {', '.join(CACHE_MODES)}")
-        direct = cache in ("none", "directsync")
+        check_mode(cache)
         if isinstance(source, int):
             self.name = f"<fd {source}>"
-            self.fd = adopt_descriptor(source, writable, direct, cache, self.name)
-            self.shared_cursor = not direct
-            # The owner may have opened it O_DIRECT; then its rules hold whatever the mode says.
-            direct = direct or has_direct(self.fd)
+            self.fd = adopt_descriptor(source, writable, cache, self.name)
+            self.shared_cursor = True
         else:
             self.name = os.fsdecode(source)
-            self.fd = open_path(source, writable, direct, cache, create, exclusive, self.name)
-        self._inspect(direct)
+            self.fd = open_path(source, writable, cache, create, exclusive)
+        self._inspect(is_direct(self.fd))
         self.read_only = not writable
         self.ignore_sync = cache == "unsafe"
         self.durable_writes = cache in ("writethrough", "directsync")
@@ -429,11 +385,8 @@ cdef class FileStorage(Storage):
         """Learn what the descriptor is; only a regular file or block device will do."""
         status = os.fstat(self.fd)
         kind = stat_mode.S_IFMT(status.st_mode)
-        if kind == stat_mode.S_IFDIR:
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", self.name)
         if kind not in (stat_mode.S_IFREG, stat_mode.S_IFBLK):
-            raise storage_error(errno.EINVAL, self.name, f"is {FILE_KINDS.get(kind, 'no file')}; "
-                                "an image lives in a regular file or a block device")
+            raise refuse_kind(kind, self.name)
         self.is_block_device = self.fixed_size = kind == stat_mode.S_IFBLK
         self.zero_past_end = not self.is_block_device
         cdef uint64_t nbytes = 0
@@ -469,6 +422,12 @@ cdef class FileStorage(Storage):
             self.closed = True
             if q2_retire_fd(self.fd) != 0:
                 raise OSError(c_errno, os.strerror(c_errno), self.name)
+
+    def fileno(self):
+        """The descriptor, to lock or stat the file by; it stays this object's."""
+        if self.closed:
+            raise ValueError(f"{self.name}: the storage is closed")
+        return self.fd
 
     @property
     def is_closed(self):
@@ -532,7 +491,7 @@ cdef class FileStorage(Storage):
 
     cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
                              uint32_t flags) noexcept nogil:
-        cdef size_t nbytes = iov_bytes(iov, iovcnt)
+        cdef size_t nbytes = q2_iov_bytes(iov, iovcnt)
         cdef bint durable = not self.ignore_sync and (
             flags & WRITE_FUA or (self.durable_writes and not flags & WRITE_DEFERRED))
         cdef bint dsync = durable and self.can_dsync
@@ -669,72 +628,6 @@ cdef class FileStorage(Storage):
         return fail_here(self, failure, site, off, b"cannot reserve space")
 
 
-# Opening ------------------------------------------------------------------------------------------
-
-def storage_error(int number, str name, str what):
-    """A StorageError that names the file."""
-    exc = StorageError(number, f"{name}: {what}")
-    exc.path = name
-    return exc
-
-
-def open_path(path, bint writable, bint direct, str cache, bint create, bint exclusive, str name):
-    """Open a path for FileStorage; OSError as open() gives it."""
-    import fcntl
-    # O_NONBLOCK: a FIFO without a peer must be refused, not waited for.
-    flags = os.O_RDWR if writable else os.O_RDONLY
-    flags |= os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-    if create or exclusive:
-        flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
-    try:
-        fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o666)
-    except OSError as exc:
-        if direct and exc.errno == errno.EINVAL:
-            raise no_direct(name, cache) from None
-        raise
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
-    return fd
-
-
-def no_direct(str name, str cache):
-    """What to say where O_DIRECT is refused."""
-    return storage_error(errno.EINVAL, name, f"cache mode {cache!r} needs O_DIRECT, which this "
-                         "file system refuses; use 'writeback' or 'writethrough'")
-
-
-def has_direct(int fd):
-    """Whether the descriptor was opened O_DIRECT."""
-    import fcntl
-    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-
-
-def adopt_descriptor(int fd, bint writable, bint direct, str cache, str name):
-    """A descriptor of our own for one handed in, after a look at what it allows."""
-    import fcntl
-    if fd < 0:
-        raise ValueError(f"file descriptor {fd} is negative")
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & os.O_PATH:
-        raise storage_error(errno.EBADF, name, "was opened O_PATH and cannot be read")
-    access = flags & os.O_ACCMODE
-    if access == os.O_WRONLY:
-        raise PermissionError(errno.EACCES, f"{name}: is open write-only; an image must be read")
-    if writable and access != os.O_RDWR:
-        raise PermissionError(errno.EACCES, f"{name}: is open read-only and cannot be written")
-    if writable and flags & os.O_APPEND:
-        # Linux ignores the offset of pwrite on such a descriptor.
-        raise storage_error(errno.EINVAL, name, "is open for appending; writes would all go to "
-                            "the end")
-    if not direct or flags & os.O_DIRECT:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    try:
-        return os.open(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC | os.O_DIRECT | os.O_NONBLOCK)
-    except OSError as exc:
-        if exc.errno == errno.EINVAL:
-            raise no_direct(name, cache) from None
-        raise
-
-
 # The work ------------------------------------------------------------------------------------------
 
 cdef inline bint is_aligned(uint64_t value, uint32_t align) noexcept nogil:
@@ -778,10 +671,10 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
                            uint64_t off, bint *dsync) noexcept nogil:
     """Writes all of the list; *dsync asks for durability and is cleared if the kernel has none."""
     cdef iovec part[IOV_BATCH]
-    cdef iov_cursor at = iov_cursor(iov, iovcnt, 0)
+    cdef q2_iov at = q2_iov_start(iov, iovcnt)
     cdef ssize_t done
     cdef int n
-    advance(&at, 0)
+    q2_iov_advance(&at, 0)
     while at.n > 0:
         n = min(at.n, <int>IOV_BATCH)
         memcpy(part, at.iov, n * sizeof(iovec))
@@ -790,7 +683,7 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
         done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
         if done > 0:
             off += done
-            advance(&at, done)
+            q2_iov_advance(&at, done)
         elif done == 0:
             return fail_errno(ENOSPC, site, off, b"the storage takes no more bytes")
         elif dsync[0] and (c_errno == EOPNOTSUPP or c_errno == ENOSYS):
@@ -886,7 +779,7 @@ cdef bint list_is_aligned(FileStorage self, const iovec *iov, int n) noexcept no
 
 cdef q2_status write_direct(FileStorage self, int32_t site, const iovec *iov, int iovcnt,
                             size_t nbytes, uint64_t off, bint *dsync) noexcept nogil:
-    cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
+    cdef q2_iov src = q2_iov_start(iov, iovcnt)
     cdef size_t before
     cdef size_t n
     cdef q2_status rc = Q2_OK
@@ -912,7 +805,7 @@ cdef q2_status write_direct(FileStorage self, int32_t site, const iovec *iov, in
     return rc
 
 
-cdef q2_status write_piece(FileStorage self, int32_t site, iov_cursor *src, char *bounce, size_t n,
+cdef q2_status write_piece(FileStorage self, int32_t site, q2_iov *src, char *bounce, size_t n,
                            uint64_t off, bint *dsync) noexcept nogil:
     """At most one bounce buffer's worth: the edges from the file, the rest from src."""
     cdef uint32_t align = self.align
@@ -930,197 +823,7 @@ cdef q2_status write_piece(FileStorage self, int32_t site, iov_cursor *src, char
     if rc == Q2_OK and before + n != span and (before == 0 or span > align):
         rc = pread_all(self, site, bounce + span - align, align, start + span - align)
     if rc == Q2_OK:
-        take_bytes(src, bounce + before, n)
+        q2_iov_take(src, bounce + before, n)
         rc = pwritev_all(self, site, &one, 1, start, dsync)
     release_edges(self)
     return rc
-
-
-# ---- PyStorage: any Python object ----------------------------------------------------------------
-#
-# Each method comes as a pair: the one the core calls, without the GIL, and a half that holds it
-# and never lets an exception out: the exception is kept for check_status and a status goes up.
-
-cdef class PyStorage(Storage):
-    """A Python object with ``size()`` and ``pread(length, offset)``.
-
-    For writing also ``pwrite(buffer, offset)``, ``flush()`` and ``truncate(size)``; optionally
-    ``preadinto(buffer, offset)`` and ``punch(offset, length)``. ``pread`` and ``preadinto`` may give
-    less than asked for; nothing at all only at or past the end. ``pwrite`` is handed ``bytes``, which
-    it may keep, and returns how many it took. The buffer that ``preadinto`` fills must not be kept.
-
-    What the object raises reaches the caller as it is. Calls may come from any thread, one at a
-    time as far as the GIL goes; the order of writes and flushes is that of the image.
-    """
-
-    def __init__(self, obj, bint writable=False):
-        needs = ["size", "pread"] + (["pwrite", "flush", "truncate"] if writable else [])
-        missing = [name for name in needs if not callable(getattr(obj, name, None))]
-        if missing:
-            raise TypeError(f"{type(obj).__name__} object cannot be "
-                            f"{'written' if writable else 'read'} as storage: it has no "
-                            f"{', '.join(missing)}")
-        name = getattr(obj, "name", None)
-        self.name = name if isinstance(name, str) else f"<{type(obj).__name__}>"
-        self.obj = obj
-        self.read_only = not writable
-        self.has_preadinto = callable(getattr(obj, "preadinto", None))
-        self.has_punch = callable(getattr(obj, "punch", None))
-
-    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
-                           uint64_t off) noexcept nogil:
-        with gil:
-            return read_gil(self, site, <char *>buf, nbytes, off)
-
-    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
-                            uint32_t flags) noexcept nogil:
-        cdef iovec one
-        one.iov_base = <void *>buf
-        one.iov_len = nbytes
-        with gil:
-            return write_gil(self, site, &one, 1, off, flags)
-
-    cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
-                             uint32_t flags) noexcept nogil:
-        with gil:
-            return write_gil(self, site, iov, iovcnt, off, flags)
-
-    cdef q2_status sync(self, int32_t site) noexcept nogil:
-        with gil:
-            return sync_gil(self, site)
-
-    cdef q2_status set_size(self, int32_t site, uint64_t nbytes) noexcept nogil:
-        with gil:
-            return set_size_gil(self, site, nbytes)
-
-    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
-        with gil:
-            return get_size_gil(self, nbytes)
-
-    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
-        if self.read_only:
-            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
-        if not self.has_punch:
-            return Q2_OK
-        with gil:
-            return punch_gil(self, site, off, nbytes)
-
-
-cdef q2_status read_gil(PyStorage self, int32_t site, char *buf, size_t nbytes,
-                        uint64_t off) noexcept:
-    cdef size_t got
-    cdef uint64_t size = 0
-    cdef q2_status rc
-    try:
-        while nbytes > 0:
-            got = preadinto_gil(self, buf, nbytes, off) if self.has_preadinto else                 pread_gil(self, buf, nbytes, off)
-            if got == 0:
-                rc = get_size_gil(self, &size)
-                if rc != Q2_OK:
-                    return rc
-                if off < size:
-                    raise storage_error(errno.EIO, self.name, f"read returned nothing at offset "
-                                        f"{off}, before the end at {size}")
-                memset(buf, 0, nbytes)
-                break
-            buf += got
-            off += got
-            nbytes -= got
-    except BaseException:
-        return stash_exception_gil(site, off)
-    return Q2_OK
-
-
-cdef size_t pread_gil(PyStorage self, char *buf, size_t nbytes, uint64_t off) except? 0:
-    cdef Py_buffer view
-    data = self.obj.pread(nbytes, off)
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-    try:
-        if <size_t>view.len > nbytes:
-            raise ValueError(f"{self.name}: pread({nbytes}, {off}) returned {view.len} bytes")
-        memcpy(buf, view.buf, view.len)
-        return view.len
-    finally:
-        PyBuffer_Release(&view)
-
-
-cdef size_t preadinto_gil(PyStorage self, char *buf, size_t nbytes, uint64_t off) except? 0:
-    window = PyMemoryView_FromMemory(buf, nbytes, PyBUF_WRITE)
-    try:
-        return checked_count(self, "preadinto", self.obj.preadinto(window, off), nbytes)
-    finally:
-        window.release()
-
-
-cdef size_t checked_count(PyStorage self, str method, count, size_t most) except? 0:
-    number = count.__index__()
-    if not 0 <= number <= most:
-        raise ValueError(f"{self.name}: {method} of {most} bytes returned {number}")
-    return number
-
-
-cdef q2_status write_gil(PyStorage self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
-                         uint32_t flags) noexcept:
-    cdef size_t nbytes = iov_bytes(iov, iovcnt)
-    cdef size_t done = 0
-    cdef size_t took
-    cdef iov_cursor src = iov_cursor(iov, iovcnt, 0)
-    if self.read_only:
-        return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
-    if nbytes == 0:
-        return Q2_OK
-    try:
-        # A copy that the object may keep: a view of our memory that it kept would dangle.
-        data = PyBytes_FromStringAndSize(NULL, nbytes)
-        take_bytes(&src, PyBytes_AS_STRING(data), nbytes)
-        while done < nbytes:
-            took = checked_count(self, "pwrite",
-                                 self.obj.pwrite(data if done == 0 else data[done:], off + done),
-                                 nbytes - done)
-            if took == 0:
-                raise storage_error(errno.EIO, self.name,
-                                    f"pwrite took nothing at offset {off + done}")
-            done += took
-    except BaseException:
-        return stash_exception_gil(site, off + done)
-    self.note_write()
-    return sync_gil(self, site) if flags & WRITE_FUA else Q2_OK
-
-
-cdef q2_status sync_gil(PyStorage self, int32_t site) noexcept:
-    cdef uint64_t seq = q2_load(&self.write_seq)
-    if not self.read_only:
-        try:
-            self.obj.flush()
-        except BaseException:
-            return stash_exception_gil(site, 0)
-    self.note_sync(seq)
-    return Q2_OK
-
-
-cdef q2_status set_size_gil(PyStorage self, int32_t site, uint64_t nbytes) noexcept:
-    if self.read_only:
-        return fail(Q2_E_READONLY, site, nbytes, b"the storage is open read-only")
-    try:
-        self.obj.truncate(nbytes)
-    except BaseException:
-        return stash_exception_gil(site, nbytes)
-    self.note_write()
-    return Q2_OK
-
-
-cdef q2_status get_size_gil(PyStorage self, uint64_t *nbytes) noexcept:
-    try:
-        nbytes[0] = checked_offset(self.obj.size(), "size()")
-    except BaseException:
-        return stash_exception_gil(Q2_SITE_NONE, 0)
-    return Q2_OK
-
-
-cdef q2_status punch_gil(PyStorage self, int32_t site, uint64_t off, uint64_t nbytes) noexcept:
-    try:
-        self.obj.punch(off, nbytes)
-    except BaseException:
-        return stash_exception_gil(site, off)
-    self.note_write()
-    return Q2_OK
