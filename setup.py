@@ -1,27 +1,21 @@
-"""Build the compiled core: one extension per qcow2x/_core/*.pyx."""
-import subprocess
+"""Everything but the compiled core is declared in pyproject.toml."""
+
+import sys
 from pathlib import Path
 
-from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import find_packages, setup
 
-CORE = sorted(Path("qcow2x/_core").glob("*.pyx"))
-LIBS = ["libzstd", "libdeflate", "libisal", "libcrypto", "liburing", "zlib"]
+# A build backend does not look for modules beside setup.py.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from build_support.commands import HEADERS, Build, BuildCore, core_extensions
 
-def pkg_config(flag):
-    return subprocess.check_output(["pkg-config", flag, *LIBS], text=True).split()
+# The C headers live beside the package in the tree and inside it once installed.
+INSTALLED_HEADERS = "qcow2x.include.qcow2x"
 
-
-extensions = [
-    Extension(
-        f"qcow2x._core.{p.stem}",
-        [str(p)],
-        include_dirs=["include"],
-        extra_compile_args=["-O2", "-g", "-std=gnu11", *pkg_config("--cflags")],
-        extra_link_args=["-Wl,--as-needed", *pkg_config("--libs")],
-        define_macros=[("_GNU_SOURCE", "1")],
-    )
-    for p in CORE
-]
-setup(ext_modules=cythonize(extensions, nthreads=2, compiler_directives={"language_level": "3", "boundscheck": False, "wraparound": False, "cdivision": True, "initializedcheck": False}))
+setup(
+    packages=[*find_packages(include=["qcow2x", "qcow2x.*"]), INSTALLED_HEADERS],
+    package_dir={INSTALLED_HEADERS: HEADERS},
+    ext_modules=core_extensions(),
+    cmdclass={"build": Build, "build_ext": BuildCore},
+)

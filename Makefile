@@ -1,0 +1,89 @@
+# make demo     see it work on a real disk        make test    install, build, run every test
+# make build    compile in place for development  make wheel   a wheel that carries its libraries
+# make bench    measure                           make lint    style and types
+#
+# Everything happens in .venv; a second run does only what changed. PYTHON chooses the
+# interpreter: the first Python 3.11 or newer on PATH unless given.
+
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v "$$name"; break; }; done)
+ifeq ($(strip $(PYTHON)),)
+$(error Python 3.11 or newer is needed: sudo apt install python3 (Fedora: sudo dnf install python3))
+endif
+
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What the package is made of; a change to any of it means a build.
+SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
+	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
+
+.PHONY: demo test build wheel sdist bench lint deps clean
+
+demo: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py demo
+	$(BIN)/qcow2x demo
+
+# The tests run from their own folder, so that they meet the installed package as users do.
+test: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py test
+	$(BIN)/ruff check
+	cd tests && $(BIN)/python -m pytest
+
+# Compiled before it is linked, so that the compiler's warnings are seen.
+build: $(VENV)/.ready
+	@$(PYTHON) scripts/install_needs.py build
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(MAKE) --no-print-directory $(VENV)/.linked
+
+bench: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py demo
+	cd bench && $(BIN)/python -m pytest .
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# From the source distribution, as a packager would, so that it is known to be complete.
+wheel: $(VENV)/.wheel-tools
+	rm -rf dist wheelhouse
+	$(BIN)/python -m build --no-isolation --outdir dist
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --strip --wheel-dir wheelhouse dist/*.whl
+	scripts/verify_wheel.sh wheelhouse/*.whl $(BIN)/python
+
+sdist: $(VENV)/.wheel-tools
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist
+
+deps: $(VENV)/.ready
+	@$(PYTHON) scripts/install_needs.py build test demo
+
+clean:
+	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .benchmarks \
+		.mypy_cache .ruff_cache
+	find qcow2x -name '*.so' -delete
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.ready: pyproject.toml scripts/requirements.py
+	@$(PYTHON) scripts/install_needs.py build
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $$($(PYTHON) scripts/requirements.py build test lint)
+	@touch $@
+
+$(VENV)/.wheel-tools: $(VENV)/.ready
+	$(PIP) install $$($(PYTHON) scripts/requirements.py wheel)
+	@touch $@
+
+# Without build isolation the build folder is kept, and only what changed is compiled again.
+$(VENV)/.installed: $(VENV)/.ready $(SOURCES)
+	@$(PYTHON) scripts/install_needs.py build
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@rm -f $(VENV)/.linked
+	@touch $@
+
+# A plain path entry, not an import hook: Cython looks for .pxd files along sys.path.
+$(VENV)/.linked: $(VENV)/.ready
+	$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat --editable .
+	@rm -f $(VENV)/.installed
+	@touch $@
