@@ -46,8 +46,8 @@ cdef uint64_t MAX_DISK = <uint64_t>0x7fffffffffffffff
 cdef uint32_t MAX_BACKING_FORMAT = 15       # QEMU's own limit
 cdef uint32_t MAX_EXTENSIONS = 1024          # five exist; a 2 MiB cluster has room for 262144
 cdef uint32_t FEATURE_ENTRY_BYTES = 48      # type, bit, 46 bytes of name
-# Below this QEMU leaves the feature name table out: it would crowd out the backing file name.
-cdef uint64_t FEATURE_TABLE_MIN_CLUSTER = 4096
+# QEMU leaves the feature name table out of smaller clusters: it would crowd out the backing name.
+cdef uint64_t FEATURE_TABLE_MIN_CLUSTER = 8192
 
 # The names that the specification gives its own feature bits: (type, bit, name).
 FEATURE_NAMES = (

@@ -1,0 +1,323 @@
+"""Making an image: arguments checked first, then the empty image, then its preallocation."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from operator import index
+from typing import TYPE_CHECKING, TypeGuard
+
+from qcow2x._core.header import Header
+from qcow2x._core.layout import largest_disk, write_empty_image, write_header
+from qcow2x._core.storage import FileStorage
+from qcow2x.errors import UnsupportedFeature
+
+if TYPE_CHECKING:
+    from qcow2x._core.storage import Storage
+
+__all__ = ["create"]
+
+#: Disks are whole sectors: a reader that counts in sectors would lose the bytes of half a one.
+SECTOR = 512
+COMPAT_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+COMPRESSION_TYPES = {"zlib": 0, "zstd": 1}
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+#: Format names that QEMU knows for a backing file. Only raw and qcow2 can be read here.
+BACKING_FORMATS = frozenset(
+    ("bochs", "cloop", "dmg", "luks", "parallels", "qcow")
+    + ("qcow2", "qed", "raw", "vdi", "vhdx", "vmdk", "vpc")
+)
+
+
+def create(
+    path: object,
+    size: int | None = None,
+    *,
+    cluster_size: int = 65536,
+    compat: str = "1.1",
+    refcount_bits: int = 16,
+    backing_file: str | os.PathLike[str] | None = None,
+    backing_format: str | None = None,
+    preallocation: str = "off",
+    lazy_refcounts: bool = False,
+    extended_l2: bool = False,
+    compression_type: str = "zlib",
+    data_file: str | None = None,
+    data_file_raw: bool = False,
+    encryption: str | None = None,
+) -> None:
+    """Makes a new, empty qcow2 image, durable when the call returns.
+
+    ``path`` is a path, a file descriptor, a ``Storage`` or a Python object with ``pread``,
+    ``pwrite``, ``truncate``, ``flush`` and ``size``. An existing file is replaced, but only after
+    every argument was found good; a new file that could not be finished is removed again.
+
+    ``size`` is the disk's size in bytes, rounded up to 512. Without it the disk gets the size of
+    the backing file, which is opened for this, read-only and by the given format alone; a
+    relative ``backing_file`` counts from the folder of ``path``. With ``size`` given the backing
+    file is not touched.
+
+    ==================  =====================================================================
+    cluster_size        512 to 2 MiB, a power of two
+    compat              ``"1.1"`` (version 3) or ``"0.10"`` (version 2; 16-bit refcounts, zlib,
+                        no lazy refcounts, no extended L2 entries)
+    refcount_bits       1, 2, 4, 8, 16, 32 or 64
+    backing_format      required with ``backing_file``: it is never guessed
+    preallocation       ``off``, ``metadata``, ``falloc`` or ``full``; with a backing file only
+                        together with ``extended_l2``
+    extended_l2         clusters of at least 16 KiB
+    compression_type    ``zlib`` or ``zstd``
+    ==================  =====================================================================
+
+    Raises ValueError for an argument out of its range, UnsupportedFeature for what cannot be
+    created here, FormatError if the backing file is not what ``backing_format`` says, and
+    OSError (NoSpace, StorageError) from the file.
+    """
+    _refuse_unsupported(data_file, data_file_raw, encryption)
+    version = _one_of("compat", compat, COMPAT_VERSIONS)
+    compression = _one_of("compression_type", compression_type, COMPRESSION_TYPES)
+    cluster_bits = _cluster_bits(cluster_size)
+    refcount_order = _refcount_order(refcount_bits)
+    _check_version(version, refcount_bits, lazy_refcounts, extended_l2, compression_type)
+    if extended_l2 and cluster_size < 16384:
+        raise ValueError(
+            f"extended_l2 needs a cluster_size of at least 16384 bytes, not {cluster_size}"
+        )
+    backing_name = _backing_name(backing_file, backing_format)
+    if preallocation not in PREALLOCATIONS:
+        raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
+    if preallocation != "off" and backing_name is not None and not extended_l2:
+        raise ValueError("preallocation with a backing file needs extended_l2=True")
+    header = Header.new(
+        _disk_size(size, path, backing_name, backing_format, cluster_bits, extended_l2),
+        cluster_bits=cluster_bits,
+        version=version,
+        refcount_order=refcount_order,
+        extended_l2=extended_l2,
+        lazy_refcounts=lazy_refcounts,
+        compression_type=compression,
+        backing_file=backing_name,
+        backing_format=backing_format,
+    )
+    header.encode()  # raises ValueError if the names do not fit in a cluster
+    _refuse_own_backing(path, backing_name)
+    with _target(path) as storage:
+        if preallocation == "off":
+            write_empty_image(storage, header)
+        else:
+            _write_preallocated(storage, header, preallocation)
+
+
+def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
+    from qcow2x.image import open as open_image
+
+    # The backing file's name goes in last: nothing of it is needed, so nothing of it is opened.
+    backing_file, backing_format = header.backing_file, header.backing_format
+    header.backing_file = header.backing_format = None
+    write_empty_image(storage, header)
+    with open_image(storage, "r+", cache="unsafe") as image:
+        image._preallocate(mode)
+    if backing_file is not None:
+        header = Header.load(storage.pread, storage.size(), storage.name)
+        header.backing_file, header.backing_format = backing_file, backing_format
+        write_header(storage, header)
+    storage.flush()
+
+
+# --- arguments -----------------------------------------------------------------------------
+
+
+def _refuse_unsupported(data_file: str | None, data_file_raw: bool, encryption: str | None) -> None:
+    if data_file_raw and data_file is None:
+        raise ValueError("data_file_raw needs a data_file")
+    wanted = []
+    if data_file is not None:
+        wanted.append("external data file")
+    if encryption is not None:
+        wanted.append(f"{encryption} encryption")
+    if wanted:
+        raise UnsupportedFeature(
+            f"cannot create an image with {' and '.join(wanted)}", features=tuple(wanted)
+        )
+
+
+def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
+    try:
+        return choices[value]
+    except (KeyError, TypeError):
+        names = ", ".join(map(repr, choices))
+        raise ValueError(f"{argument} must be one of {names}, not {value!r}") from None
+
+
+def _cluster_bits(cluster_size: int) -> int:
+    value = index(cluster_size)
+    if not 512 <= value <= 2 << 20 or value & (value - 1):
+        raise ValueError(
+            f"cluster_size must be a power of two between 512 and 2097152, not {value}"
+        )
+    return value.bit_length() - 1
+
+
+def _refcount_order(refcount_bits: int) -> int:
+    value = index(refcount_bits)
+    if not 1 <= value <= 64 or value & (value - 1):
+        raise ValueError(f"refcount_bits must be a power of two between 1 and 64, not {value}")
+    return value.bit_length() - 1
+
+
+def _check_version(
+    version: int, refcount_bits: int, lazy_refcounts: bool, extended_l2: bool, compression: str
+) -> None:
+    if version >= 3:
+        return
+    for is_set, what in (
+        (refcount_bits != 16, f"refcount_bits={refcount_bits}"),
+        (lazy_refcounts, "lazy_refcounts"),
+        (extended_l2, "extended_l2"),
+        (compression != "zlib", f"compression_type={compression!r}"),
+    ):
+        if is_set:
+            raise ValueError(f"{what} needs compat='1.1' or newer")
+
+
+def _backing_name(
+    backing_file: str | os.PathLike[str] | None, backing_format: str | None
+) -> str | None:
+    if backing_file is None:
+        if backing_format is not None:
+            raise ValueError("backing_format is given without a backing_file")
+        return None
+    name = os.fsdecode(backing_file)
+    if not name or "\0" in name:
+        raise ValueError("backing_file must be a name without NUL bytes")
+    if backing_format is None:
+        raise ValueError(
+            "backing_format is required with backing_file, for example 'qcow2' or 'raw': "
+            "guessing it would let a guest that writes a raw disk choose the format"
+        )
+    if backing_format not in BACKING_FORMATS:
+        raise ValueError(
+            f"backing_format must be one of {', '.join(sorted(BACKING_FORMATS))}, "
+            f"not {backing_format!r}"
+        )
+    return name
+
+
+def _disk_size(
+    size: int | None,
+    path: object,
+    backing_name: str | None,
+    backing_format: str | None,
+    cluster_bits: int,
+    extended_l2: bool,
+) -> int:
+    if size is not None:
+        wanted = index(size)
+        if wanted < 0:
+            raise ValueError(f"size must not be negative, but is {wanted}")
+    elif backing_name is None:
+        raise ValueError("size is required without a backing_file")
+    else:
+        wanted = _backing_size(path, backing_name, backing_format)
+    wanted = -(-wanted // SECTOR) * SECTOR
+    largest = largest_disk(cluster_bits, extended_l2)
+    if wanted > largest:
+        raise ValueError(
+            f"a disk of {wanted} bytes is too large for clusters of {1 << cluster_bits} bytes, "
+            f"which allow {largest}; choose a larger cluster_size"
+        )
+    return wanted
+
+
+# --- the backing file ----------------------------------------------------------------------
+
+
+def _is_path(path: object) -> TypeGuard[str | bytes | os.PathLike[str]]:
+    return isinstance(path, (str, bytes, os.PathLike))
+
+
+def _beside(path: object, name: str) -> str:
+    """A backing file's path as every reader resolves it: from the folder of the image."""
+    return os.path.join(os.path.dirname(os.fsdecode(path)) if _is_path(path) else "", name)
+
+
+def _is_plain_path(name: str) -> bool:
+    # QEMU reads "nbd:..." or "json:..." as a protocol unless a slash comes before the colon.
+    return ":" not in name.split("/", 1)[0]
+
+
+def _backing_size(path: object, name: str, backing_format: str | None) -> int:
+    if backing_format not in ("raw", "qcow2") or not _is_plain_path(name):
+        raise ValueError(
+            f"size is required: that of the {backing_format} backing file {name!r} cannot be "
+            "read here"
+        )
+    full_name = _beside(path, name)
+    fd = os.open(full_name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        file_size = os.lseek(fd, 0, os.SEEK_END)
+        if backing_format == "raw":
+            return file_size
+        header = Header.load(
+            lambda length, offset: os.pread(fd, length, offset), file_size, full_name
+        )
+        header.require_supported(full_name)
+        return header.size
+    finally:
+        os.close(fd)
+
+
+def _refuse_own_backing(path: object, name: str | None) -> None:
+    if name is None or not _is_path(path) or not _is_plain_path(name):
+        return
+    try:
+        same = os.path.samefile(path, _beside(path, name))
+    except OSError:
+        return  # one of the two does not exist, so they are not the same
+    if same:
+        raise ValueError(f"{os.fspath(path)!r} cannot be its own backing file")
+
+
+# --- the target ----------------------------------------------------------------------------
+
+
+@contextmanager
+def _target(path: object) -> Iterator[Storage]:
+    """The storage to write to; a file that this made is removed if the body fails."""
+    if not _is_path(path):
+        from qcow2x.storage import open_storage
+
+        yield open_storage(path, writable=True)
+        return
+    try:
+        storage, is_new = FileStorage(path, writable=True, exclusive=True), True
+    except FileExistsError:
+        storage, is_new = FileStorage(path, writable=True), False
+    try:
+        with storage:
+            yield storage
+        if is_new:
+            _sync_folder(path)
+    except BaseException:
+        if is_new:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        raise
+
+
+def _sync_folder(path: str | bytes | os.PathLike[str]) -> None:
+    """Makes the new file's name durable: syncing the file alone does not promise that."""
+    try:
+        folder = os.open(os.path.dirname(os.path.abspath(os.fsdecode(path))), os.O_RDONLY)
+    except PermissionError:
+        return  # a folder that may be written but not listed
+    try:
+        os.fsync(folder)
+    except OSError as exc:
+        # Some file systems do not sync folders, and say so by EINVAL.
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(folder)

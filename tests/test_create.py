@@ -1,0 +1,247 @@
+"""Creating images: QEMU opens them, finds them clean, and lays them out the same way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qcow2x.errors import FormatError, NoSpace, UnsupportedFeature
+from qcow2x.ops.create import create
+
+MiB = 1 << 20
+
+
+def qemu_img(*args, code=0):
+    run = subprocess.run(["qemu-img", *map(str, args)], check=False, capture_output=True, text=True)
+    assert run.returncode == code, run.stderr
+    return run.stdout
+
+
+def info(path):
+    return json.loads(qemu_img("info", "-U", "--output=json", path))
+
+
+def assert_clean(path):
+    found = json.loads(qemu_img("check", "--output=json", path))
+    assert not found.get("leaks") and not found.get("corruptions") and not found["check-errors"]
+
+
+def shape_id(value):
+    return "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+
+def shapes():
+    """Every cluster size with every refcount width, the other options turned over as it goes."""
+    sizes = [0, 512, 1000, 100 * MiB, (1 << 30) + 1]
+    turn = 0
+    for cluster_bits in range(9, 22):
+        for refcount_order in range(7):
+            turn += 1
+            options = {
+                "cluster_size": 1 << cluster_bits,
+                "refcount_bits": 1 << refcount_order,
+                "lazy_refcounts": turn % 2 == 0,
+                "extended_l2": cluster_bits >= 14 and turn % 3 == 0,
+                "compression_type": "zstd" if turn % 5 == 0 else "zlib",
+            }
+            if refcount_order == 4 and turn % 4 == 0:
+                options = {"cluster_size": 1 << cluster_bits, "compat": "0.10"}
+            yield sizes[turn % len(sizes)], options
+
+
+@pytest.mark.parametrize("size, options", list(shapes()), ids=shape_id)
+def test_new_image_is_clean_and_says_what_was_asked(tmp_path, size, options):
+    path = tmp_path / "disk.qcow2"
+    create(path, size, **options)
+    assert_clean(path)
+    told = info(path)
+    assert told["virtual-size"] == -(-size // 512) * 512
+    assert told["cluster-size"] == options["cluster_size"]
+    data = told["format-specific"]["data"]
+    assert data["compat"] == options.get("compat", "1.1")
+    assert data["refcount-bits"] == options.get("refcount_bits", 16)
+    assert data.get("lazy-refcounts", False) == options.get("lazy_refcounts", False)
+    assert data.get("extended-l2", False) == options.get("extended_l2", False)
+    assert data["compression-type"] == options.get("compression_type", "zlib")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compat": "0.10"},
+        {"cluster_size": 512, "refcount_bits": 8},
+        {"cluster_size": 2 * MiB, "extended_l2": "on", "lazy_refcounts": "on"},
+        {"cluster_size": 4096, "refcount_bits": 1, "compression_type": "zstd"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [0, 1 * MiB, 8 << 30])
+def test_new_image_is_byte_for_byte_that_of_qemu(tmp_path, size, options):
+    if options.get("cluster_size") == 512:
+        size = min(size, 10 * MiB)
+    listed = ",".join(f"{name}={value}" for name, value in options.items())
+    qemu_img(
+        "create", "-q", "-f", "qcow2", *(["-o", listed] if listed else []), tmp_path / "q", size
+    )
+    ours = {name: value == "on" if value == "on" else value for name, value in options.items()}
+    create(tmp_path / "x", size, **ours)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "q").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, largest",
+    [
+        ({"cluster_size": 512, "refcount_bits": 64}, 128 << 30),
+        ({"cluster_size": 65536}, 2 << 50),
+        ({"cluster_size": 65536, "extended_l2": True}, 1 << 50),
+        ({"cluster_size": 2 * MiB}, 2 << 60),
+    ],
+    ids=str,
+)
+def test_largest_disk_of_a_cluster_size_is_clean_and_one_more_is_refused(
+    tmp_path, options, largest
+):
+    path = tmp_path / "disk.qcow2"
+    create(path, largest, **options)
+    assert_clean(path)
+    assert info(path)["virtual-size"] == largest
+    with pytest.raises(ValueError, match="choose a larger cluster_size"):
+        create(tmp_path / "more.qcow2", largest + 1, **options)
+    assert not (tmp_path / "more.qcow2").exists()
+
+
+def test_qemu_writes_into_a_new_image(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    for options in ({}, {"cluster_size": 512, "refcount_bits": 1}, {"extended_l2": True}):
+        create(path, 8 * MiB, **options)
+        subprocess.run(
+            ["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 4M", "-c", "read -P 7 0 4M"]
+            + ["-c", "read -P 0 4M 4M", str(path)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        assert_clean(path)
+
+
+def test_backing_file_is_recorded_and_gives_the_size(tmp_path):
+    create(tmp_path / "base.qcow2", 5 * MiB)
+    (tmp_path / "base.raw").write_bytes(bytes(1000))
+    create(tmp_path / "top.qcow2", backing_file="base.qcow2", backing_format="qcow2")
+    told = info(tmp_path / "top.qcow2")
+    assert told["virtual-size"] == 5 * MiB
+    assert (told["backing-filename"], told["backing-filename-format"]) == ("base.qcow2", "qcow2")
+    create(tmp_path / "top.qcow2", backing_file=tmp_path / "base.raw", backing_format="raw")
+    told = info(tmp_path / "top.qcow2")
+    assert told["virtual-size"] == 1024
+    assert told["full-backing-filename"] == str(tmp_path / "base.raw")
+    assert_clean(tmp_path / "top.qcow2")
+
+
+def test_backing_file_is_not_touched_where_size_is_given(tmp_path):
+    path = tmp_path / "top.qcow2"
+    create(path, MiB, backing_file="nbd://host/name", backing_format="raw")
+    assert info(path)["backing-filename"] == "nbd://host/name"
+
+
+def test_size_of_a_backing_file_that_is_no_qcow2_image(tmp_path):
+    (tmp_path / "base").write_bytes(bytes(65536))
+    with pytest.raises(FormatError, match="base: this is not a qcow2 image"):
+        create(tmp_path / "top.qcow2", backing_file="base", backing_format="qcow2")
+    with pytest.raises(FileNotFoundError):
+        create(tmp_path / "top.qcow2", backing_file="missing", backing_format="raw")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"size": -1}, "size must not be negative"),
+        ({"size": None}, "size is required"),
+        ({"cluster_size": 0}, "cluster_size must be a power of two"),
+        ({"cluster_size": 256}, "cluster_size must be a power of two"),
+        ({"cluster_size": 3000}, "cluster_size must be a power of two"),
+        ({"cluster_size": 4 * MiB}, "cluster_size must be a power of two"),
+        ({"refcount_bits": 0}, "refcount_bits must be a power of two"),
+        ({"refcount_bits": 3}, "refcount_bits must be a power of two"),
+        ({"refcount_bits": 128}, "refcount_bits must be a power of two"),
+        ({"compat": "1.2"}, "compat must be one of"),
+        ({"compat": "0.10", "refcount_bits": 8}, "refcount_bits=8 needs compat='1.1'"),
+        ({"compat": "0.10", "lazy_refcounts": True}, "lazy_refcounts needs compat='1.1'"),
+        ({"compat": "0.10", "extended_l2": True}, "extended_l2 needs compat='1.1'"),
+        ({"compat": "0.10", "compression_type": "zstd"}, "needs compat='1.1'"),
+        ({"extended_l2": True, "cluster_size": 8192}, "at least 16384"),
+        ({"compression_type": "lzma"}, "compression_type must be one of"),
+        ({"preallocation": "some"}, "preallocation must be one of"),
+        ({"backing_format": "raw"}, "without a backing_file"),
+        ({"backing_file": "base"}, "backing_format is required"),
+        ({"backing_file": "base", "backing_format": "rar"}, "backing_format must be one of"),
+        ({"backing_file": "", "backing_format": "raw"}, "backing_file must be a name"),
+        ({"backing_file": "x" * 1024, "backing_format": "raw"}, "at most 1023"),
+        (
+            {"backing_file": "x" * 400, "backing_format": "raw", "cluster_size": 512},
+            "a cluster has",
+        ),
+        ({"size": None, "backing_file": "b", "backing_format": "vmdk"}, "size is required"),
+        ({"size": None, "backing_file": "nbd:x", "backing_format": "raw"}, "size is required"),
+        (
+            {"backing_file": "b", "backing_format": "raw", "preallocation": "metadata"},
+            "needs extended_l2",
+        ),
+        ({"data_file_raw": True}, "needs a data_file"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_bad_argument_is_refused_and_an_existing_file_kept(tmp_path, options, sentence):
+    path = tmp_path / "precious"
+    path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match=sentence):
+        create(path, **({"size": MiB} | options))
+    assert path.read_bytes() == b"precious"
+
+
+def test_what_cannot_be_created_yet_is_named(tmp_path):
+    with pytest.raises(UnsupportedFeature, match="data file and luks") as caught:
+        create(tmp_path / "x", MiB, data_file="x.raw", encryption="luks")
+    assert caught.value.features == ("external data file", "luks encryption")
+
+
+def test_image_cannot_be_its_own_backing_file(tmp_path):
+    create(tmp_path / "x.qcow2", MiB)
+    os.symlink("x.qcow2", tmp_path / "y.qcow2")
+    with pytest.raises(ValueError, match="its own backing file"):
+        create(tmp_path / "y.qcow2", backing_file="x.qcow2", backing_format="qcow2")
+    assert info(tmp_path / "x.qcow2")["virtual-size"] == MiB
+
+
+def test_existing_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(b"\xff" * (4 * MiB))
+    create(path, MiB)
+    assert path.stat().st_size < MiB
+    assert_clean(path)
+
+
+def test_new_file_that_cannot_be_finished_is_removed(tmp_path):
+    script = (
+        "import resource, signal, sys\n"
+        "from qcow2x.ops.create import create\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+        "create(sys.argv[1], 1 << 20)\n"
+    )
+    path = tmp_path / "disk.qcow2"
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path)], check=False, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and NoSpace.__name__ in run.stderr, run.stderr
+    assert not path.exists()
+
+
+def test_folder_and_missing_folder_are_refused(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        create(tmp_path, MiB)
+    with pytest.raises(FileNotFoundError):
+        create(tmp_path / "no" / "disk.qcow2", MiB)
