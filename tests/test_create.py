@@ -1,5 +1,6 @@
 """Creating images: QEMU opens them, finds them clean, and lays them out the same way."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 
+from qcow2x._core.header import Header
+from qcow2x._core.storage import FileStorage
 from qcow2x.errors import FormatError, NoSpace, UnsupportedFeature
 from qcow2x.ops.create import create
 
@@ -221,6 +224,66 @@ def test_existing_file_is_replaced_whole(tmp_path):
     path.write_bytes(b"\xff" * (4 * MiB))
     create(path, MiB)
     assert path.stat().st_size < MiB
+    assert_clean(path)
+
+
+class FailingDisk:
+    """A Python storage whose k-th change fails."""
+
+    def __init__(self, fail_at=None):
+        self.bytes, self.changes, self.fail_at = bytearray(), 0, fail_at
+
+    def change(self):
+        self.changes += 1
+        if self.changes - 1 == self.fail_at:
+            raise OSError(errno.ENOSPC, "no room")
+
+    def size(self):
+        return len(self.bytes)
+
+    def pread(self, length, offset):
+        return bytes(self.bytes[offset : offset + length])
+
+    def pwrite(self, data, offset):
+        self.change()
+        data = bytes(data)
+        if len(self.bytes) < offset + len(data):
+            self.bytes.extend(bytes(offset + len(data) - len(self.bytes)))
+        self.bytes[offset : offset + len(data)] = data
+        return len(data)
+
+    def flush(self):
+        self.change()
+
+    def truncate(self, size):
+        self.change()
+        del self.bytes[size:]
+        self.bytes.extend(bytes(size - len(self.bytes)))
+
+
+def test_python_object_holds_an_image_and_every_failure_is_told(tmp_path):
+    disk = FailingDisk()
+    create(disk, MiB)
+    (tmp_path / "copy.qcow2").write_bytes(disk.bytes)
+    assert_clean(tmp_path / "copy.qcow2")
+    for k in range(disk.changes):
+        with pytest.raises(OSError) as caught:
+            create(FailingDisk(fail_at=k), MiB)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_file_descriptor_and_storage_stay_open_with_the_caller(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        create(fd, MiB)
+        assert os.fstat(fd).st_size == path.stat().st_size
+        assert_clean(path)
+    finally:
+        os.close(fd)
+    with FileStorage(path, writable=True) as storage:
+        create(storage, 2 * MiB)
+        assert Header.load(storage.pread, storage.size()).size == 2 * MiB
     assert_clean(path)
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import index
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from qcow2x._core.header import Header
 from qcow2x._core.layout import largest_disk, write_empty_image, write_header
@@ -15,9 +15,11 @@ from qcow2x._core.storage import FileStorage
 from qcow2x.errors import UnsupportedFeature
 
 if TYPE_CHECKING:
-    from qcow2x._core.storage import Storage
+    from qcow2x.storage import Source, Storage
 
 __all__ = ["create"]
+
+StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
 #: Disks are whole sectors: a reader that counts in sectors would lose the bytes of half a one.
 SECTOR = 512
@@ -32,7 +34,7 @@ BACKING_FORMATS = frozenset(
 
 
 def create(
-    path: object,
+    path: Source,
     size: int | None = None,
     *,
     cluster_size: int = 65536,
@@ -207,7 +209,7 @@ def _backing_name(
 
 def _disk_size(
     size: int | None,
-    path: object,
+    path: Source,
     backing_name: str | None,
     backing_format: str | None,
     cluster_bits: int,
@@ -234,11 +236,11 @@ def _disk_size(
 # --- the backing file ----------------------------------------------------------------------
 
 
-def _is_path(path: object) -> TypeGuard[str | bytes | os.PathLike[str]]:
+def _is_path(path: Source) -> TypeGuard[StrOrBytesPath]:
     return isinstance(path, (str, bytes, os.PathLike))
 
 
-def _beside(path: object, name: str) -> str:
+def _beside(path: Source, name: str) -> str:
     """A backing file's path as every reader resolves it: from the folder of the image."""
     return os.path.join(os.path.dirname(os.fsdecode(path)) if _is_path(path) else "", name)
 
@@ -248,7 +250,7 @@ def _is_plain_path(name: str) -> bool:
     return ":" not in name.split("/", 1)[0]
 
 
-def _backing_size(path: object, name: str, backing_format: str | None) -> int:
+def _backing_size(path: Source, name: str, backing_format: str | None) -> int:
     if backing_format not in ("raw", "qcow2") or not _is_plain_path(name):
         raise ValueError(
             f"size is required: that of the {backing_format} backing file {name!r} cannot be "
@@ -269,7 +271,7 @@ def _backing_size(path: object, name: str, backing_format: str | None) -> int:
         os.close(fd)
 
 
-def _refuse_own_backing(path: object, name: str | None) -> None:
+def _refuse_own_backing(path: Source, name: str | None) -> None:
     if name is None or not _is_path(path) or not _is_plain_path(name):
         return
     try:
@@ -284,7 +286,7 @@ def _refuse_own_backing(path: object, name: str | None) -> None:
 
 
 @contextmanager
-def _target(path: object) -> Iterator[Storage]:
+def _target(path: Source) -> Iterator[Storage]:
     """The storage to write to; a file that this made is removed if the body fails."""
     if not _is_path(path):
         from qcow2x.storage import open_storage
@@ -307,7 +309,7 @@ def _target(path: object) -> Iterator[Storage]:
         raise
 
 
-def _sync_folder(path: str | bytes | os.PathLike[str]) -> None:
+def _sync_folder(path: StrOrBytesPath) -> None:
     """Makes the new file's name durable: syncing the file alone does not promise that."""
     try:
         folder = os.open(os.path.dirname(os.path.abspath(os.fsdecode(path))), os.O_RDONLY)
