@@ -446,6 +446,9 @@ cdef class FileStorage(Storage):
     cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
         cdef c_stat status
         cdef int64_t size = -1
+        if self.closed:
+            # The descriptor that stands in the place of a closed one still has a size.
+            return fail_here(self, EBADF, Q2_SITE_NONE, 0, b"cannot learn the size")
         if self.is_block_device:
             size = q2_device_size(self.fd)
         elif c_fstat(self.fd, &status) == 0:
