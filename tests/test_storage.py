@@ -111,6 +111,38 @@ def test_which_writes_are_durable_at_return(path: Path, cache: str) -> None:
 
 
 @pytest.mark.parametrize("cache", CACHE_MODES)
+def test_gathered_writes(path: Path, cache: str) -> None:
+    rng = random.Random(9)
+    model = bytearray(8 << 20)
+    with FileStorage(path, True, cache) as storage, python_memory(len(model)) as other:
+        storage.truncate(len(model))
+        for lengths in (
+            [],
+            [0, 0],
+            [0, 5, 0, 7, 0],
+            [4096] * 3,
+            [512, 1024, 0, 4096],
+            [1] * 200,
+            [4096] * 300,
+            [100, 1 << 20, 3, 2 << 20, 1],
+        ):
+            for offset in (0, 4096, 777):
+                parts = [aligned(n, rng.choice([0, 0, 3])) for n in lengths]
+                for part in parts:
+                    part[:] = rng.randbytes(len(part))
+                whole = b"".join(parts)
+                for target in (storage, other):
+                    assert target.pwritev(parts, offset) == len(whole)
+                    model[offset : offset + len(whole)] = whole
+                    assert target.pread(len(model), 0) == model, (lengths, offset)
+        storage.flush()
+        storage.pwritev([b"abc", b"def"], 5, fua=True)
+        assert (storage.unsynced_writes == 0) or cache == "unsafe"
+        with pytest.raises(TypeError):
+            storage.pwritev([b"a", "b"], 0)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("cache", CACHE_MODES)
 def test_reads_stop_at_the_end(path: Path, cache: str) -> None:
     path.write_bytes(b"abc" * 1000)
     with FileStorage(path, cache=cache) as storage:
@@ -407,7 +439,7 @@ def test_numbers_out_of_range(path: Path) -> None:
                 (storage.punch, (1, bad)),
             ):
                 with pytest.raises(ValueError, match="out of range"):
-                    call(*arguments)  # type: ignore[operator]
+                    call(*arguments)
         with pytest.raises((TypeError, AttributeError)):
             storage.pread("1", 0)  # type: ignore[arg-type]
         with pytest.raises(BufferError):
@@ -484,6 +516,10 @@ class Memory:
         self.calls.append(("truncate", size))
         del self.content[size:]
         self.content.extend(bytes(size - len(self.content)))
+
+
+def python_memory(size: int) -> PyStorage:
+    return PyStorage(Memory(bytes(size), 1_000_000), True)
 
 
 class MemoryInto(Memory):

@@ -226,19 +226,42 @@ cdef class Storage:
             PyBuffer_Release(&view)
         return n
 
-    def pwrite(self, buffer, offset):
-        """Write all of ``buffer`` at ``offset``; returns its length in bytes."""
+    def pwrite(self, buffer, offset, *, bint fua=False):
+        """Write all of ``buffer`` at ``offset``; returns its length in bytes.
+
+        With ``fua`` these bytes are on stable storage when the call returns, in any cache mode
+        but "unsafe".
+        """
+        return self.pwritev([buffer], offset, fua=fua)
+
+    def pwritev(self, buffers, offset, *, bint fua=False):
+        """Write the buffers one after the other from ``offset`` on; returns their bytes."""
         cdef uint64_t off = checked_offset(offset, "offset")
-        cdef Py_buffer view
+        cdef uint32_t flags = WRITE_FUA if fua else 0
+        cdef list parts = list(buffers)
+        cdef int n = <int>len(parts)
+        cdef int held = 0
+        cdef int i
         cdef q2_status rc
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        cdef Py_buffer *view = <Py_buffer *>malloc((n + 1) * sizeof(Py_buffer))
+        cdef iovec *iov = <iovec *>malloc((n + 1) * sizeof(iovec))
         try:
+            if view is NULL or iov is NULL:
+                raise MemoryError()
+            for i in range(n):
+                PyObject_GetBuffer(parts[i], &view[i], PyBUF_SIMPLE)
+                held += 1
+                iov[i].iov_base = view[i].buf
+                iov[i].iov_len = view[i].len
             with nogil:
-                rc = self.write_at(Q2_SITE_DATA_WRITE, view.buf, view.len, off, 0)
+                rc = self.writev_at(Q2_SITE_DATA_WRITE, iov, n, off, flags)
             check_status(rc, self.name)
-            return view.len
+            return q2_iov_bytes(iov, n)
         finally:
-            PyBuffer_Release(&view)
+            for i in range(held):
+                PyBuffer_Release(&view[i])
+            free(view)
+            free(iov)
 
     def flush(self):
         """What was written before the call is on stable storage after it."""
@@ -332,7 +355,8 @@ cdef uint64_t checked_offset(value, str what) except? 0:
 
 cdef uint64_t until_end(Storage self, uint64_t length, uint64_t off) except? 0:
     """How much of a range lies before the end of the storage."""
-    cdef uint64_t size = self.size()
+    cdef uint64_t size = 0
+    check_status(self.get_size(&size), self.name)
     return 0 if off >= size else min(length, size - off)
 
 
