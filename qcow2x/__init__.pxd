@@ -28,3 +28,5 @@ from qcow2x._core.status cimport (
 )
 from qcow2x._core.errors cimport check_status, last_error
 from qcow2x._core.storage cimport FileStorage, Storage, WRITE_FUA, ZERO_MAY_UNMAP
+# An open image is a Storage whose bytes are the guest disk: every method of Storage, no GIL.
+from qcow2x._core.image cimport CoreImage

@@ -1,0 +1,449 @@
+# cython: language_level=3
+"""Host clusters: finding free ones, raising and lowering their refcounts."""
+from libc.stdint cimport uint8_t, uint32_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
+from qcow2x._core.errors cimport fail
+from qcow2x._core.metadata cimport missing_refblock
+from qcow2x._core.refblock cimport get_refcount, set_refcount
+from qcow2x._core.state cimport poison_unless_full, runs_add
+from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport WRITE_DEFERRED
+from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
+from qcow2x._core.wire cimport (Q2_HDR_RT_OFFSET, Q2_MAX_HOST_OFFSET, Q2_MAX_RT_BYTES,
+                                Q2_RTE_OFFSET_MASK, q2_store_be32, q2_store_be64)
+
+
+# The cached slice that holds the refcount of `cluster`, and its index in there. *slot is NULL with
+# Q2_OK where no refcount block exists: every refcount of its range is 0.
+cdef q2_status slice_of(ImageState img, uint64_t cluster, q2_slot **slot, uint64_t *index,
+                        uint64_t *miss) noexcept nogil:
+    cdef uint64_t rt_idx = cluster >> img.geo.refblock_bits
+    cdef uint64_t in_block = cluster & ((<uint64_t>1 << img.geo.refblock_bits) - 1)
+    cdef uint32_t per_slice_bits = img.geo.slice_bits + 3 - img.geo.refcount_order
+    cdef uint64_t block_off, key
+    slot[0] = NULL
+    if rt_idx >= img.rt_entries:
+        return Q2_OK
+    block_off = img.rt[rt_idx] & Q2_RTE_OFFSET_MASK
+    if block_off == 0:
+        return Q2_OK
+    if block_off & (img.geo.cluster_size - 1):
+        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_LOAD, block_off,
+                    b"refcount block offset is not cluster aligned")
+    key = block_off + ((in_block >> per_slice_bits) << img.geo.slice_bits)
+    index[0] = in_block & ((<uint64_t>1 << per_slice_bits) - 1)
+    slot[0] = cache_get(&img.refblocks, key)
+    if slot[0] is NULL:
+        miss[0] = missing_refblock(key)
+        return Q2_MISS
+    return Q2_OK
+
+
+cdef inline void put(ImageState img, q2_slot *slot, uint64_t index, uint64_t n,
+                     uint64_t value) noexcept nogil:
+    cdef uint32_t order = img.geo.refcount_order
+    cdef uint64_t i
+    for i in range(index, index + n):
+        set_refcount(slot.data, order, i, value)
+    cache_dirty(&img.refblocks, slot, <uint32_t>((index << order) >> 3),
+                <uint32_t>((((index + n) << order) + 7) >> 3) - <uint32_t>((index << order) >> 3))
+    q2_add(&img.meta_seq, 1)
+
+
+cdef inline uint64_t clusters_per_slice(ImageState img) noexcept nogil:
+    return <uint64_t>1 << (img.geo.slice_bits + 3 - img.geo.refcount_order)
+
+
+# The first index >= `at` below `end` whose refcount is 0, or `end`.
+cdef uint64_t find_free(ImageState img, const uint8_t *slice, uint64_t at,
+                        uint64_t end) noexcept nogil:
+    cdef uint32_t order = img.geo.refcount_order
+    cdef uint64_t word
+    # Opening a full 1 TiB image looks at 16 M refcounts before it finds room: skip the usual
+    # 16-bit ones four at a time by the classic test for a zero lane.
+    if order == 4:
+        while at < end and at & 3:
+            if get_refcount(slice, order, at) == 0:
+                return at
+            at += 1
+        while at + 4 <= end:
+            memcpy(&word, slice + 2 * at, 8)
+            if (word - <uint64_t>0x0001000100010001) & ~word & <uint64_t>0x8000800080008000:
+                break
+            at += 4
+    while at < end and get_refcount(slice, order, at) != 0:
+        at += 1
+    return at
+
+
+# The file's last place: a block device ends, and an entry holds 56 bits.
+cdef inline uint64_t last_cluster(ImageState img) noexcept nogil:
+    if img.file.fixed_size:
+        return q2_load(&img.host_size) >> img.geo.cluster_bits
+    return Q2_MAX_HOST_OFFSET >> img.geo.cluster_bits
+
+
+cdef q2_status no_room(ImageState img, uint64_t cluster) noexcept nogil:
+    return fail(Q2_E_NOSPC, Q2_SITE_DATA_WRITE, cluster << img.geo.cluster_bits,
+                b"no free cluster is left in the storage")
+
+
+# An allocator that hands out the tables it lives on destroys the image, so a refcount of 0 for one
+# of them (damage) is refused here at the cost of three comparisons.
+cdef q2_status refuse_tables(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint32_t cbits = img.geo.cluster_bits
+    cdef uint64_t end = first + n
+    cdef uint64_t l1_first = img.l1_offset >> cbits
+    cdef uint64_t l1_end = (img.l1_offset + <uint64_t>img.l1_size * 8 + img.geo.cluster_size - 1
+                            ) >> cbits
+    cdef uint64_t rt_first = img.rt_offset >> cbits
+    cdef uint64_t rt_end = rt_first + ((img.rt_entries << 3) >> cbits)
+    if first == 0 or (first < l1_end and l1_first < end) or (first < rt_end and rt_first < end):
+        q2_store(&img.broken, 1)
+        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_UPDATE, first << cbits,
+                    b"a cluster of the header, L1 or refcount table has refcount 0")
+    return Q2_OK
+
+
+cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t *first,
+                        uint64_t *got, uint64_t *miss) noexcept nogil:
+    """The first run of at least `least` free clusters, cut to `want`; nothing is changed but the
+    hint, which moves up to the first free cluster, and missing refcount blocks, which are made."""
+    cdef uint64_t cluster = img.free_hint
+    cdef uint64_t per_slice = clusters_per_slice(img)
+    cdef uint64_t end = last_cluster(img)
+    cdef uint64_t index = 0, at, run, start = 0, length = 0
+    cdef q2_slot *slot
+    cdef q2_status st
+    cdef bint hint_moves = True
+    while cluster < end:
+        st = slice_of(img, cluster, &slot, &index, miss)
+        if st == Q2_MISS and hint_moves and length == 0:
+            img.free_hint = cluster       # the search goes on from here after the load
+        if st != Q2_OK:
+            return st
+        if slot is NULL:
+            st = ensure_refblocks(img, cluster + 1)
+            if st != Q2_OK:
+                return st
+            continue
+        while index < per_slice and cluster < end:
+            at = find_free(img, slot.data, index, per_slice)
+            if at != index:
+                length = 0
+                cluster += at - index
+                index = at
+                if hint_moves:
+                    img.free_hint = cluster
+                continue
+            hint_moves = False            # cluster is free: the hint stays at or before it
+            if length == 0:
+                start = cluster
+            run = 0
+            while (index + run < per_slice and length + run < want and cluster + run < end
+                   and get_refcount(slot.data, img.geo.refcount_order, index + run) == 0):
+                run += 1
+            length += run
+            index += run
+            cluster += run
+            # Data takes the first hole as it is; a table wants all its clusters in a row.
+            if length >= want or (length >= least and (
+                    index < per_slice or least == 1)):
+                first[0] = start
+                got[0] = length
+                return Q2_OK
+            if cluster >= end:
+                break
+    return no_room(img, cluster)
+
+
+# Counts the clusters as handed out and says whether they are fresh. From here on they no longer are,
+# also if the write to them fails half way and they come back: so the known end moves now.
+cdef bint hand_out(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
+    cdef bint fresh = (img.file.zero_past_end and
+                       first << img.geo.cluster_bits >= q2_load(&img.host_size))
+    q2_raise_to(&img.host_size, (first + n) << img.geo.cluster_bits)
+    img.count.allocated += n
+    return fresh
+
+
+cdef q2_status alloc_clusters(ImageState img, uint64_t want, uint64_t *first, uint64_t *got,
+                              bint *fresh, uint64_t *miss) noexcept nogil:
+    cdef uint64_t index = 0
+    cdef q2_slot *slot
+    # least == 1 keeps the run inside one slice, so what was found is still cached to be raised.
+    cdef q2_status st = find_run(img, want, 1, first, got, miss)
+    if st != Q2_OK:
+        return st
+    st = slice_of(img, first[0], &slot, &index, miss)
+    if st != Q2_OK:
+        return st
+    st = refuse_tables(img, first[0], got[0])
+    if st != Q2_OK:
+        return st
+    put(img, slot, index, got[0], 1)
+    img.free_hint = first[0] + got[0]
+    fresh[0] = hand_out(img, first[0], got[0])
+    return Q2_OK
+
+
+cdef q2_status alloc_contiguous(ImageState img, uint64_t n, uint64_t *first, bint *fresh,
+                                uint64_t *miss) noexcept nogil:
+    cdef uint64_t got, i
+    cdef q2_status st = find_run(img, n, n, first, &got, miss)
+    cdef q2_slot *slot
+    cdef uint64_t index = 0
+    if st != Q2_OK:
+        return st
+    st = refuse_tables(img, first[0], n)
+    if st != Q2_OK:
+        return st
+    # All slices must be there before the first refcount is raised.
+    for i in range(n):
+        st = slice_of(img, first[0] + i, &slot, &index, miss)
+        if st != Q2_OK:
+            return st
+    for i in range(n):
+        slice_of(img, first[0] + i, &slot, &index, miss)
+        put(img, slot, index, 1, 1)
+    if first[0] == img.free_hint:
+        img.free_hint = first[0] + n
+    fresh[0] = hand_out(img, first[0], n)
+    return Q2_OK
+
+
+cdef q2_status alloc_packed(ImageState img, uint64_t nbytes, uint64_t *host_off,
+                            uint64_t *miss) noexcept nogil:
+    cdef uint64_t size = img.geo.cluster_size
+    cdef uint64_t used = img.packed_end & (size - 1)
+    cdef uint64_t tail, tail_refs, first, got, index
+    cdef bint fresh, spill
+    cdef q2_slot *slot
+    cdef q2_status st
+    if used:
+        tail = img.packed_end >> img.geo.cluster_bits
+        st = get_refcount_of(img, tail, &tail_refs, miss)
+        if st != Q2_OK:
+            return st
+        if tail_refs == 0 or tail_refs >= img.geo.refcount_max:
+            used = 0
+    if not used:
+        st = alloc_clusters(img, 1, &first, &got, &fresh, miss)
+        if st != Q2_OK:
+            return st
+        host_off[0] = first << img.geo.cluster_bits
+        img.packed_end = host_off[0] + nbytes
+        return Q2_OK
+    spill = used + nbytes > size
+    if spill:
+        # The stream may run on into the next cluster only if that one is free: take what comes
+        # first and see whether it is.
+        st = alloc_clusters(img, 1, &first, &got, &fresh, miss)
+        if st != Q2_OK:
+            return st
+        if first != tail + 1:
+            host_off[0] = first << img.geo.cluster_bits
+            img.packed_end = host_off[0] + nbytes
+            return Q2_OK
+    # alloc_clusters may have grown the refcount structures, but it evicts nothing: the slice of
+    # the tail is still cached.
+    st = slice_of(img, tail, &slot, &index, miss)
+    if st != Q2_OK:
+        return st
+    put(img, slot, index, 1, tail_refs + 1)
+    host_off[0] = img.packed_end
+    img.packed_end += nbytes
+    return Q2_OK
+
+
+cdef q2_status get_refcount_of(ImageState img, uint64_t cluster, uint64_t *value,
+                               uint64_t *miss) noexcept nogil:
+    cdef q2_slot *slot
+    cdef uint64_t index = 0
+    cdef q2_status st = slice_of(img, cluster, &slot, &index, miss)
+    if st != Q2_OK:
+        return st
+    value[0] = get_refcount(slot.data, img.geo.refcount_order, index) if slot is not NULL else 0
+    return Q2_OK
+
+
+cdef q2_status set_refcount_of(ImageState img, uint64_t cluster, uint64_t value,
+                               uint64_t *miss) noexcept nogil:
+    cdef q2_slot *slot
+    cdef uint64_t index = 0
+    cdef q2_status st = slice_of(img, cluster, &slot, &index, miss)
+    if st != Q2_OK:
+        return st
+    if slot is NULL:
+        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_UPDATE, cluster << img.geo.cluster_bits,
+                    b"a cluster in use has no refcount block")
+    put(img, slot, index, 1, value)
+    if value == 0 and cluster < img.free_hint:
+        img.free_hint = cluster
+    return Q2_OK
+
+
+cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint64_t *done,
+                                uint64_t *miss) noexcept nogil:
+    cdef uint64_t refs
+    cdef q2_status st
+    while done[0] < n:
+        st = get_refcount_of(img, first + done[0], &refs, miss)
+        if st == Q2_OK and refs > 0:
+            st = set_refcount_of(img, first + done[0], refs - 1, miss)
+            # Nothing may be packed behind the last stream of a cluster that is free.
+            if refs == 1 and img.packed_end >> img.geo.cluster_bits == first + done[0]:
+                img.packed_end = 0
+        if st != Q2_OK:
+            return st
+        done[0] += 1
+    return Q2_OK
+
+
+# Refcount blocks and the table itself.
+#
+# A missing block is put into the first cluster of the range it describes: all of that range is
+# free, since no refcount could be stored for it, and a block there needs no other to describe it.
+
+cdef q2_status write_table(ImageState img, int32_t site, const void *buf, uint64_t nbytes,
+                           uint64_t host_off) noexcept nogil:
+    cdef q2_status st = img.file.write_at(site, buf, nbytes, host_off, WRITE_DEFERRED)
+    if st == Q2_OK:
+        q2_raise_to(&img.host_size, host_off + nbytes)
+        img.count.metadata_writes += 1
+    return poison_unless_full(img, st)
+
+
+cdef q2_status barrier(ImageState img) noexcept nogil:
+    img.count.barriers += 1
+    return poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
+
+
+cdef q2_status add_refblock(ImageState img, uint64_t rt_idx) noexcept nogil:
+    cdef uint64_t cluster = rt_idx << img.geo.refblock_bits
+    cdef uint64_t host_off = cluster << img.geo.cluster_bits
+    cdef uint8_t sector[512]
+    cdef uint8_t *block
+    cdef uint64_t first, i
+    cdef q2_status st
+    if cluster == 0:
+        return fail(Q2_E_CORRUPT, Q2_SITE_REFTABLE_READ, img.rt_offset,
+                    b"the header's own refcount block is missing")
+    if cluster >= last_cluster(img):
+        return no_room(img, cluster)
+    block = <uint8_t *>calloc(1, img.geo.cluster_size)
+    if block is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_REFBLOCK_ALLOC_WRITE, host_off, b"out of memory")
+    set_refcount(block, img.geo.refcount_order, 0, 1)
+    cache_drop(&img.refblocks, host_off, img.geo.cluster_size)
+    cache_drop(&img.l2, host_off, img.geo.cluster_size)
+    st = write_table(img, Q2_SITE_REFBLOCK_ALLOC_WRITE, block, img.geo.cluster_size, host_off)
+    free(block)
+    # Edge: the block before the table entry that points to it; the entry before anything that
+    # counts on a refcount in the block, so both are durable before this returns.
+    if st == Q2_OK:
+        st = barrier(img)
+    if st != Q2_OK:
+        return st
+    img.rt[rt_idx] = host_off
+    first = rt_idx & ~<uint64_t>63
+    for i in range(64):
+        q2_store_be64(sector + 8 * i, img.rt[first + i] if first + i < img.rt_entries else 0)
+    st = write_table(img, Q2_SITE_REFTABLE_UPDATE, sector, 512, img.rt_offset + first * 8)
+    if st == Q2_OK:
+        st = barrier(img)
+    if st != Q2_OK:
+        img.rt[rt_idx] = 0
+    return st
+
+
+cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil:
+    """A larger refcount table, with the blocks that describe it and themselves in front of it, in
+    the first clusters that the old table could not describe."""
+    cdef uint32_t cbits = img.geo.cluster_bits
+    cdef uint64_t per_block = <uint64_t>1 << img.geo.refblock_bits
+    cdef uint64_t start = img.rt_entries << img.geo.refblock_bits
+    cdef uint64_t entries = img.rt_entries + img.rt_entries // 2
+    cdef uint64_t blocks, table_clusters, i, total
+    cdef uint64_t *table
+    cdef uint8_t *buf
+    cdef uint64_t table_off
+    cdef uint64_t old_first = img.rt_offset >> cbits
+    cdef uint64_t old_n = (img.rt_entries << 3) >> cbits
+    cdef q2_status st
+    if entries < least_entries:
+        entries = least_entries
+    # The table must have entries for its own blocks, which depend on its size: a block describes
+    # at least 64 clusters (512-byte clusters, 64-bit refcounts), so a few rounds settle it.
+    blocks = 1
+    while True:
+        if entries < img.rt_entries + blocks:
+            entries = img.rt_entries + blocks
+        table_clusters = ((entries << 3) + img.geo.cluster_size - 1) >> cbits
+        if blocks * per_block >= blocks + table_clusters:
+            break
+        blocks += 1
+    entries = (table_clusters << cbits) >> 3
+    if entries << 3 > Q2_MAX_RT_BYTES:
+        return fail(Q2_E_NOSPC, Q2_SITE_REFTABLE_GROW_WRITE, img.rt_offset,
+                    b"the refcount table is at its limit of 8 MiB")
+    total = blocks + table_clusters
+    if start + total > last_cluster(img):
+        return no_room(img, start)
+    table = <uint64_t *>calloc(entries, 8)
+    buf = <uint8_t *>calloc(total, img.geo.cluster_size)
+    if table is NULL or buf is NULL:
+        free(table)
+        free(buf)
+        return fail(Q2_E_NOMEM, Q2_SITE_REFTABLE_GROW_WRITE, start << cbits, b"out of memory")
+    memcpy(table, img.rt, img.rt_entries * 8)
+    for i in range(total):
+        set_refcount(buf + ((i >> img.geo.refblock_bits) << cbits), img.geo.refcount_order,
+                     i & (per_block - 1), 1)
+    for i in range(blocks):
+        table[img.rt_entries + i] = (start + i) << cbits
+    for i in range(entries):
+        q2_store_be64(buf + (blocks << cbits) + 8 * i, table[i])
+    cache_drop(&img.refblocks, start << cbits, total << cbits)
+    cache_drop(&img.l2, start << cbits, total << cbits)
+    st = write_table(img, Q2_SITE_REFTABLE_GROW_WRITE, buf, total << cbits, start << cbits)
+    free(buf)
+    # Edge: the whole new table before the header that points to it.
+    if st == Q2_OK:
+        st = barrier(img)
+    if st == Q2_OK:
+        table_off = (start + blocks) << cbits
+        q2_store_be64(img.head + Q2_HDR_RT_OFFSET, table_off)
+        q2_store_be32(img.head + Q2_HDR_RT_OFFSET + 8, <uint32_t>table_clusters)
+        st = write_table(img, Q2_SITE_REFTABLE_GROW_ACTIVATE, img.head, 512, 0)
+        if st == Q2_OK:
+            st = barrier(img)
+        if st != Q2_OK:
+            q2_store_be64(img.head + Q2_HDR_RT_OFFSET, img.rt_offset)
+            q2_store_be32(img.head + Q2_HDR_RT_OFFSET + 8, <uint32_t>old_n)
+    if st != Q2_OK:
+        free(table)
+        return st
+    free(img.rt)
+    img.rt = table
+    img.rt_entries = entries
+    img.rt_offset = table_off
+    img.header.fields.rt_offset = table_off
+    img.header.fields.rt_clusters = <uint32_t>table_clusters
+    # The old table is durably unreferenced; no request reads it, but its refcount must drop.
+    return runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
+
+
+cdef q2_status ensure_refblocks(ImageState img, uint64_t end_cl) noexcept nogil:
+    cdef uint64_t rt_idx = (end_cl - 1) >> img.geo.refblock_bits
+    cdef q2_status st
+    if rt_idx >= img.rt_entries:
+        st = grow_table(img, rt_idx + 1)
+        if st != Q2_OK:
+            return st
+    if img.rt[rt_idx] & Q2_RTE_OFFSET_MASK:
+        return Q2_OK
+    return add_refblock(img, rt_idx)

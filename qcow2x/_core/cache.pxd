@@ -1,0 +1,73 @@
+# Metadata slices in memory: L2 table slices in one cache, refcount block slices in another.
+#
+# A slice is 1 << slice_bits bytes of a table, keyed by its host offset. The cache holds no lock
+# of its own and does no I/O: every function says what the caller must hold of the image's metadata
+# lock. What a dirty slice has to wait for is kept beside it as edges (see `after`).
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from qcow2x._core.status cimport q2_status
+
+cdef enum:
+    SLOT_EMPTY = 0
+    SLOT_LOADING = 1    # being read without the lock; nobody else may touch it
+    SLOT_VALID = 2
+
+cdef enum:
+    # Ranks of metadata in the order of writes. An edge may only point from a lower rank to a
+    # higher one, so that no cycle can be stated; what would need the other direction (a refcount
+    # that drops after its mapping is gone) waits outside the cache, see retire.pyx.
+    RANK_DATA = 0
+    RANK_REFBLOCK = 1
+    RANK_L2 = 2
+    RANK_L1 = 3
+
+cdef struct q2_slot:
+    uint64_t key           # host offset of the slice
+    uint8_t *data          # slice bytes as on disk, big-endian, aligned for O_DIRECT
+    uint64_t need_seq      # the file's write_seq that must be durable before this is written
+    int32_t next           # chain of the hash bucket, -1 at its end
+    uint8_t state
+    uint8_t used           # looked at since the clock hand last passed
+    uint8_t writing        # a copy is on its way to the file: neither evict nor reuse
+    uint8_t dirty          # one bit per 512-byte sector
+    uint8_t after_refblock # edge: every dirty refcount block before this slice
+
+cdef struct q2_cache:
+    q2_slot *slots
+    int32_t *buckets
+    uint32_t bucket_mask
+    uint32_t slice_bits
+    uint32_t n_slots       # that own memory, whatever they hold
+    uint32_t max_slots
+    uint32_t hand
+    uint32_t n_dirty
+    uint8_t rank
+    uint64_t n_loads
+    uint64_t n_evictions
+
+cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,
+                          uint64_t max_bytes) noexcept nogil
+cdef void cache_free(q2_cache *c) noexcept nogil
+
+# Shared or exclusive lock. NULL if the slice is absent or still loading.
+cdef q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil
+
+# Exclusive lock. Q2_OK: *out is a slot in SLOT_LOADING for the caller to fill and finish (or, with
+# *already set, one that is valid). Q2_BUSY: another thread loads it. Q2_FULL: write back first.
+cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
+                                bint *already) noexcept nogil
+# Exclusive lock. A load that failed forgets the slice.
+cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil
+
+# Exclusive lock. Bytes [first, first + nbytes) of the slice were changed.
+cdef void cache_dirty(q2_cache *c, q2_slot *slot, uint32_t first, uint32_t nbytes) noexcept nogil
+
+# Exclusive lock. States the edge "`rank` before this slice"; seq is the write_seq to be durable
+# for RANK_DATA and unused otherwise. Q2_E_ORDER where the edge would point downwards.
+cdef q2_status cache_after(q2_cache *c, q2_slot *slot, uint8_t rank, uint64_t seq) noexcept nogil
+
+# Exclusive lock. Forgets every slice inside [key, key + nbytes), dirty or not: the table is gone.
+cdef void cache_drop(q2_cache *c, uint64_t key, uint64_t nbytes) noexcept nogil
+
+# Exclusive lock. Forgets every slice: the file was changed beneath the cache.
+cdef void cache_forget_all(q2_cache *c) noexcept nogil

@@ -1,0 +1,86 @@
+# cython: language_level=3
+"""Copy-on-write: the old bytes around a partial write, merged into one vectored call with it."""
+from libc.stdint cimport int32_t
+from libc.string cimport memset
+from posix.uio cimport iovec
+
+from qcow2x._core.errors cimport fail
+from qcow2x._core.read cimport read_guest, reads_as_zero
+from qcow2x._core.scratch cimport scratch_give, scratch_take, zeros
+from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport WRITE_DEFERRED
+
+
+cdef struct q2_side:
+    uint64_t guest_off
+    uint64_t nbytes
+    bint left_out           # reads as zeros where it is, nothing to write
+    void *scratch           # the old bytes, NULL where zeros do
+
+
+cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept nogil:
+    cdef uint64_t inside = side.nbytes
+    cdef bint zero = True
+    cdef q2_status st
+    side.scratch = NULL
+    side.left_out = side.nbytes == 0
+    if side.left_out:
+        return Q2_OK
+    # The last cluster may reach past the end of the disk: nothing is there to copy.
+    if side.guest_off >= img.disk_size:
+        inside = 0
+    elif inside > img.disk_size - side.guest_off:
+        inside = img.disk_size - side.guest_off
+    if inside:
+        st = reads_as_zero(img, side.guest_off, inside, &zero)
+        if st != Q2_OK:
+            return st
+    if zero:
+        side.left_out = fresh
+        return Q2_OK
+    side.scratch = scratch_take(side.nbytes)
+    if side.scratch is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_COW_READ, side.guest_off, b"out of memory")
+    st = read_guest(img, side.scratch, inside, side.guest_off)
+    if st == Q2_OK and inside < side.nbytes:
+        memset(<uint8_t *>side.scratch + inside, 0, side.nbytes - inside)
+    return st
+
+
+cdef int32_t add_side(iovec *iov, int32_t n, const q2_side *side) noexcept nogil:
+    if side.left_out:
+        return n
+    iov[n].iov_base = side.scratch if side.scratch is not NULL else <void *>zeros()
+    iov[n].iov_len = side.nbytes
+    return n + 1
+
+
+cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,
+                              size_t data_bytes, uint64_t host_off, bint fresh) noexcept nogil:
+    cdef q2_side head, tail
+    cdef iovec iov[3]
+    cdef int32_t n = 0
+    cdef q2_status st
+    head.guest_off = cow.head_off
+    head.nbytes = cow.head_bytes
+    tail.guest_off = cow.tail_off
+    tail.nbytes = cow.tail_bytes
+    head.scratch = tail.scratch = NULL
+    st = fetch_side(img, &head, fresh)
+    if st == Q2_OK:
+        st = fetch_side(img, &tail, fresh)
+    if st == Q2_OK:
+        n = add_side(iov, n, &head)
+        if head.left_out:
+            host_off += head.nbytes
+        if data_bytes:
+            iov[n].iov_base = <void *>data
+            iov[n].iov_len = data_bytes
+            n += 1
+        n = add_side(iov, n, &tail)
+        if n:
+            st = img.file.writev_at(Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE, iov, n,
+                                    host_off, WRITE_DEFERRED)
+    scratch_give(head.scratch, head.nbytes)
+    scratch_give(tail.scratch, tail.nbytes)
+    return st

@@ -1,0 +1,17 @@
+# Making what was written durable.
+from qcow2x._core.state cimport ImageState
+from qcow2x._core.status cimport q2_status
+
+# No lock held, and not inside a request of the caller's own (its epoch would keep freed clusters
+# waiting). Everything that was written and every mapping that was changed before the call is
+# durable after it. Calls at the same time share one sync (group commit). Freed clusters that became
+# unreachable for good are given back on the way.
+cdef q2_status flush_image(ImageState img) noexcept nogil
+
+# For writethrough, directsync and FUA, after the data was written: flushes if any metadata changed
+# that is not durable yet. That also covers a write in place whose mapping another thread has linked
+# but not flushed.
+cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil
+
+# No lock held, no request under way and none to come: the last flush of an image being closed.
+cdef q2_status flush_closing(ImageState img) noexcept nogil

@@ -1,0 +1,48 @@
+# cython: language_level=3
+"""Making what was written durable, once for everybody who asks at the same time."""
+from libc.stdint cimport uint64_t
+
+from qcow2x._core.errors cimport fail
+from qcow2x._core.metadata cimport write_back_locked
+from qcow2x._core.retire cimport retire_freed
+from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport pthread_mutex_lock, pthread_mutex_unlock, q2_add, q2_load
+
+
+cdef q2_status flush_image(ImageState img) noexcept nogil:
+    cdef q2_status st
+    cdef uint64_t ticket = q2_add(&img.flush_tickets, 1)
+    pthread_mutex_lock(&img.commit)
+    if img.closed:
+        pthread_mutex_unlock(&img.commit)
+        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+    if img.flush_done >= ticket:
+        # Whoever held the lock took our ticket along.
+        pthread_mutex_unlock(&img.commit)
+        return Q2_OK
+    ticket = q2_load(&img.flush_tickets)
+    st = write_back_locked(img, True)
+    if st == Q2_OK:
+        img.flush_done = ticket
+        st = retire_freed(img)
+    pthread_mutex_unlock(&img.commit)
+    return st
+
+
+cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil:
+    if q2_load(&img.meta_durable) >= q2_load(&img.meta_seq):
+        return Q2_OK
+    return flush_image(img)
+
+
+cdef q2_status flush_closing(ImageState img) noexcept nogil:
+    cdef q2_status st
+    pthread_mutex_lock(&img.commit)
+    st = write_back_locked(img, True)
+    if st == Q2_OK:
+        st = retire_freed(img)
+    # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
+    if st == Q2_OK and img.refblocks.n_dirty:
+        st = write_back_locked(img, True)
+    pthread_mutex_unlock(&img.commit)
+    return st

@@ -1,0 +1,579 @@
+# cython: language_level=3
+"""The entry points of an open image: arguments checked at the door, the GIL released once, a status
+turned into an exception at the end."""
+from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc
+from libc.string cimport memcpy, memset
+from posix.time cimport nanosleep, timespec
+from posix.uio cimport iovec
+
+from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
+from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
+from qcow2x._core.discard cimport discard_guest, zero_guest
+from qcow2x._core.errors cimport check_status, fail
+from qcow2x._core.flush cimport flush_closing, flush_if_metadata_changed, flush_image
+from qcow2x._core.geometry cimport l1_entries_for, set_geometry
+from qcow2x._core.header cimport Header
+from qcow2x._core.mapping cimport plan_range
+from qcow2x._core.metadata cimport load_slice
+from qcow2x._core.plan cimport q2_plan
+from qcow2x._core.read cimport guest_extent, read_guest
+from qcow2x._core.resize cimport resize_guest
+from qcow2x._core.scratch cimport scratch_give, scratch_take
+from qcow2x._core.state cimport begin_request, leave_request
+from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
+                                   q2_extent)
+from qcow2x._core.sync cimport *
+from qcow2x._core.wire cimport Q2_HDR_AUTOCLEAR, q2_load_be64, q2_store_be64
+from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
+
+#: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
+DEFAULT_L2_CACHE = 32 << 20
+
+
+cdef class CoreImage(ImageState):
+    """An open qcow2 image: positional reads and writes of the guest disk.
+
+    Any number of threads may use one image at once; no call moves a cursor, and the GIL is not
+    held while data or metadata is read, written, compressed or decompressed. Offsets and lengths
+    are bytes. After close() every call raises ValueError.
+    """
+
+    def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
+                 l2_cache_size=None, bint writable=False, bint discard_to_host=True):
+        cdef q2_status st
+        self.file = file
+        self.header = header
+        self.name = file.name
+        self.read_only = not writable
+        self.durable = file.durable_writes
+        self.discard_to_host = discard_to_host
+        self.zero_past_end = True
+        self.align = 1
+        set_geometry(&self.geo, header.fields.version, header.fields.cluster_bits,
+                     header.fields.refcount_order, header.extended_l2)
+        self.disk_size = header.fields.size
+        if l2_cache_size is None:
+            l2_cache_size = DEFAULT_L2_CACHE
+        if not 0 < l2_cache_size < 1 << 40:
+            raise ValueError("l2_cache_size must be between 1 byte and 1 TiB")
+        with nogil:
+            st = self.file.get_size(&self.host_size)
+        check_status(st, self.name)
+        self._load_l1()
+        self._load_refcount_table()
+        self._init_caches(l2_cache_size)
+        self._set_backing(backing)
+        with nogil:
+            st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
+        check_status(st, self.name)
+
+    cdef _load_l1(self):
+        cdef uint64_t entries = self.header.fields.l1_size
+        cdef uint64_t i
+        cdef q2_status st
+        self.l1_size = <uint32_t>entries
+        self.l1_offset = self.header.fields.l1_offset
+        self.l1 = <uint64_t *>calloc(entries + 1, 8)
+        self.l1_dirty = <uint8_t *>calloc(((entries * 8) >> 9) + 1, 1)
+        if self.l1 is NULL or self.l1_dirty is NULL:
+            raise MemoryError(f"{self.name}: no memory for an L1 table of {entries} entries")
+        with nogil:
+            st = self.file.read_at(Q2_SITE_L1_READ, self.l1, entries * 8, self.l1_offset)
+            for i in range(entries):
+                self.l1[i] = q2_load_be64(&self.l1[i])
+        check_status(st, self.name)
+
+    cdef _load_refcount_table(self):
+        """Only a writer counts references; a reader does not pay for the table."""
+        cdef uint64_t nbytes
+        cdef uint64_t i
+        cdef q2_status st
+        if self.read_only:
+            return
+        nbytes = <uint64_t>self.header.fields.rt_clusters << self.geo.cluster_bits
+        self.rt_offset = self.header.fields.rt_offset
+        self.rt_entries = nbytes >> 3
+        self.rt = <uint64_t *>calloc(self.rt_entries + 1, 8)
+        if self.rt is NULL:
+            raise MemoryError(f"{self.name}: no memory for the refcount table")
+        with nogil:
+            st = self.file.read_at(Q2_SITE_REFTABLE_READ, self.rt, nbytes, self.rt_offset)
+            for i in range(self.rt_entries):
+                self.rt[i] = q2_load_be64(&self.rt[i])
+        check_status(st, self.name)
+
+    cdef _init_caches(self, uint64_t l2_bytes):
+        # No larger than all there is to cache.
+        cdef uint64_t all_l2 = <uint64_t>self.l1_size << self.geo.cluster_bits
+        cdef uint64_t refcount_bytes
+        if l2_bytes > all_l2 and self.l1_size and self.read_only:
+            l2_bytes = all_l2
+        # A refcount slice speaks for at least as many clusters as an L2 slice of 8-byte entries
+        # does in all common widths, and allocation is local: a quarter is plenty.
+        refcount_bytes = l2_bytes // 4
+        check_status(cache_init(&self.l2, RANK_L2, self.geo.slice_bits, l2_bytes), self.name)
+        check_status(cache_init(&self.refblocks, RANK_REFBLOCK, self.geo.slice_bits,
+                                refcount_bytes), self.name)
+
+    cdef _set_backing(self, Storage backing):
+        cdef q2_status st
+        self.backing = backing
+        if backing is not None:
+            with nogil:
+                st = self.backing.get_size(&self.backing_size)
+            check_status(st, backing.name)
+
+    # ---- Reading --------------------------------------------------------------------------------
+
+    def pread(self, length, offset):
+        """Up to ``length`` bytes from ``offset``; fewer only at the end of the disk.
+
+        Raises ValueError for negative arguments, CorruptImage for metadata or compressed data that
+        is damaged, StorageError where the file cannot be read.
+        """
+        cdef uint64_t off = door_offset(offset)
+        cdef size_t n = self._until_end(door_length(length), off)
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, n)
+        cdef char *out = PyBytes_AS_STRING(data)
+        cdef q2_status st
+        with nogil:
+            st = read_guest(self, out, n, off)
+        check_status(st, self.name)
+        return data
+
+    def preadinto(self, buffer, offset):
+        """Fills ``buffer`` with the bytes from ``offset``; returns how many, fewer than its length
+        only at the end of the disk. Errors as :meth:`pread`."""
+        cdef uint64_t off = door_offset(offset)
+        cdef Py_buffer view
+        cdef size_t n
+        cdef q2_status st
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        n = self._until_end(view.len, off)
+        with nogil:
+            st = read_guest(self, view.buf, n, off)
+        PyBuffer_Release(&view)
+        check_status(st, self.name)
+        return n
+
+    def preadv_many(self, requests):
+        """Serves many reads in one call: ``requests`` is a sequence of ``(buffer, offset)``.
+
+        Returns a list with the bytes read of each, as :meth:`preadinto` would. The first failure
+        raises; buffers after it are untouched.
+        """
+        return [self.preadinto(buffer, offset) for buffer, offset in requests]
+
+    # ---- Writing --------------------------------------------------------------------------------
+
+    def pwrite(self, data, offset, *, bint fua=False):
+        """Writes all of ``data`` at ``offset``; returns its length.
+
+        Durable at return with ``fua`` or in the cache modes writethrough and directsync, else after
+        :meth:`flush`. Raises ValueError outside the disk, PermissionError on a read-only image,
+        NoSpace (retryable), StorageError, ImageBroken.
+        """
+        cdef uint64_t off = door_offset(offset)
+        cdef Py_buffer view
+        cdef q2_status st
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        st = self._inside(off, view.len)
+        if st == Q2_OK:
+            with nogil:
+                st = write_guest(self, view.buf, view.len, off, fua)
+        cdef Py_ssize_t n = view.len
+        PyBuffer_Release(&view)
+        check_status(st, self.name)
+        return n
+
+    def pwrite_compressed(self, data, offset, *, level=None):
+        """Writes whole clusters compressed; returns the number of bytes taken.
+
+        ``offset`` must be cluster aligned and the length whole clusters, or up to the disk's end.
+        Replaces whatever was there. A cluster that does not become smaller is written as it is.
+        ``level``: see :func:`qcow2x.convert`. Errors as :meth:`pwrite`.
+        """
+        cdef uint64_t off = door_offset(offset)
+        cdef int32_t lvl = CODEC_LEVEL_DEFAULT if level is None else level
+        cdef Py_buffer view
+        cdef q2_status st
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        cdef Py_ssize_t n = view.len
+        st = self._inside(off, n)
+        if st == Q2_OK and (off & (self.geo.cluster_size - 1) or (
+                n & (self.geo.cluster_size - 1) and off + n != self.disk_size)):
+            st = fail(Q2_E_RANGE, Q2_SITE_NONE, off,
+                      b"compressed writes take whole clusters at a cluster boundary")
+        if st == Q2_OK:
+            with nogil:
+                st = self._write_compressed(<const uint8_t *>view.buf, n, off, lvl)
+        PyBuffer_Release(&view)
+        check_status(st, self.name)
+        return n
+
+    cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,
+                                     int32_t level) noexcept nogil:
+        cdef uint64_t size = self.geo.cluster_size
+        cdef uint64_t done = 0, n
+        # The encoded cluster in front; a last, short cluster padded with zeros behind it.
+        cdef uint8_t *scratch = <uint8_t *>scratch_take(2 * size)
+        cdef const uint8_t *cluster
+        cdef size_t encoded = 0
+        cdef q2_status st = Q2_OK
+        if scratch is NULL:
+            return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_WRITE, off, b"out of memory")
+        while done < nbytes and st == Q2_OK:
+            n = nbytes - done if nbytes - done < size else size
+            cluster = data + done
+            if n < size:
+                memcpy(scratch + size, cluster, n)
+                memset(scratch + size + n, 0, size - n)
+                cluster = scratch + size
+            st = encode_cluster(self.header.fields.compression_type, level, cluster, size,
+                                scratch, size - 1, &encoded)
+            if st == Q2_OK:
+                st = write_encoded(self, scratch, <uint32_t>encoded, off + done)
+            elif st == Q2_INCOMPRESSIBLE:
+                st = write_guest(self, data + done, n, off + done, False)
+            done += n
+        scratch_give(scratch, 2 * size)
+        if st == Q2_OK and self.durable:
+            st = flush_if_metadata_changed(self)
+        return st
+
+    def write_compressed_batch(self, packed, sizes, raw, offset):
+        """Stores clusters that were encoded elsewhere, in order, from guest ``offset`` on.
+
+        ``packed`` holds the encoded clusters one after another, ``sizes`` (unsigned 32-bit, one per
+        cluster) their lengths; 0 takes the cluster's bytes from ``raw`` as they are, 0xffffffff
+        skips it. ``raw`` is what was encoded: whole clusters, or up to the disk's end. Errors as
+        :meth:`pwrite`.
+        """
+        cdef uint64_t off = door_offset(offset)
+        cdef const uint8_t[::1] streams = packed
+        cdef const uint32_t[::1] lengths = sizes
+        cdef const uint8_t[::1] plain = raw
+        cdef uint64_t size = self.geo.cluster_size
+        cdef uint64_t total = 0, i
+        cdef uint64_t clusters = lengths.shape[0]
+        cdef q2_status st = self._inside(off, plain.shape[0])
+        for i in range(clusters):
+            if lengths[i] != BATCH_SKIP:
+                if lengths[i] >= size:
+                    raise ValueError("an encoded cluster is not smaller than a cluster")
+                total += lengths[i]
+        if (st == Q2_OK and (off & (size - 1) or total > <uint64_t>streams.shape[0]
+                             or clusters != (plain.shape[0] + size - 1) // size)):
+            raise ValueError("packed, sizes and raw do not describe the same clusters")
+        if st == Q2_OK and clusters:
+            with nogil:
+                st = self._write_batch(&streams[0] if streams.shape[0] else NULL, &lengths[0],
+                                       clusters, &plain[0], plain.shape[0], off)
+        check_status(st, self.name)
+
+    cdef q2_status _write_batch(self, const uint8_t *stream, const uint32_t *lengths,
+                                uint64_t clusters, const uint8_t *plain, uint64_t plain_bytes,
+                                uint64_t off) noexcept nogil:
+        cdef uint64_t size = self.geo.cluster_size
+        cdef uint64_t i, at, n
+        cdef q2_status st = Q2_OK
+        for i in range(clusters):
+            at = i * size
+            if lengths[i] == BATCH_SKIP:
+                continue
+            if lengths[i] == 0:
+                n = plain_bytes - at if plain_bytes - at < size else size
+                st = write_guest(self, plain + at, n, off + at, False)
+            else:
+                st = write_encoded(self, stream, lengths[i], off + at)
+                stream += lengths[i]
+            if st != Q2_OK:
+                return st
+        return flush_if_metadata_changed(self) if self.durable else Q2_OK
+
+    def write_zeroes(self, offset, length, *, bint unmap=False, bint fua=False):
+        """Makes the range read as zeros, by metadata alone for whole clusters (subclusters with
+        extended L2 entries). With ``unmap`` their host clusters are given back, else kept for the
+        next write. Errors as :meth:`pwrite`."""
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = door_length(length)
+        cdef q2_status st = self._inside(off, n)
+        if st == Q2_OK:
+            with nogil:
+                st = zero_guest(self, off, n, unmap, fua)
+        check_status(st, self.name)
+
+    def discard(self, offset, length):
+        """Says that the range is not needed any more.
+
+        Whole clusters of it (the disk's end completes one) read as zeros afterwards and their host
+        space is given back after the next flush; the rest keeps its bytes, and so does everything
+        on a version 2 image with a backing file. Errors as :meth:`pwrite`.
+        """
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = door_length(length)
+        cdef q2_status st = self._inside(off, n)
+        if st == Q2_OK:
+            with nogil:
+                st = discard_guest(self, off, n)
+        check_status(st, self.name)
+
+    def flush(self):
+        """Everything that was written before is durable when this returns. Threads that flush at
+        the same time share one sync. Raises StorageError; the image then takes no more writes."""
+        cdef q2_status st
+        if self.read_only:
+            check_status(self._open_status(), self.name)
+            return
+        with nogil:
+            st = flush_image(self)
+        check_status(st, self.name)
+
+    def _resize(self, size):
+        """Sets the disk's size; policy (shrinking, preallocation) is the caller's."""
+        cdef uint64_t n = door_offset(size)
+        cdef q2_status st
+        check_status(self._open_status(), self.name)
+        with nogil:
+            st = resize_guest(self, n)
+        check_status(st, self.name)
+
+    def _allocate(self, offset, length):
+        """Gives every cluster of the range a host cluster that reads as zeros."""
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = door_length(length)
+        cdef q2_status st = self._inside(off, n)
+        if st == Q2_OK and n:
+            with nogil:
+                st = allocate_guest(self, off, n)
+        check_status(st, self.name)
+
+    def _clear_autoclear(self):
+        """Autoclear features promise what a writer keeps up to date; those not kept here end with
+        the first writer (section "Header", autoclear_features)."""
+        cdef q2_status st
+        if self.geo.version < 3 or self.header.fields.autoclear == 0:
+            return
+        with nogil:
+            q2_store_be64(self.head + Q2_HDR_AUTOCLEAR, 0)
+            st = self.file.write_at(Q2_SITE_HEADER_UPDATE, self.head, 512, 0, WRITE_DEFERRED)
+            if st == Q2_OK:
+                # Edge: cleared before anything is written that would make the promise false.
+                st = self.file.sync(Q2_SITE_BARRIER)
+        check_status(st, self.name)
+        self.header.fields.autoclear = 0
+
+    def _forget_refcounts(self):
+        """After a repair changed them in the file: what is cached is read again."""
+        with nogil:
+            pthread_mutex_lock(&self.commit)
+            pthread_rwlock_wrlock(&self.meta)
+            cache_forget_all(&self.refblocks)
+            self.free_hint = 0
+            self.packed_end = 0
+            pthread_rwlock_unlock(&self.meta)
+            pthread_mutex_unlock(&self.commit)
+
+    # ---- Looking --------------------------------------------------------------------------------
+
+    def _plan(self, offset, length):
+        """The next runs of this layer alone: a list of (offset, length, kind, host offset); kind as
+        in plan.h. Answers at least one byte."""
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = door_length(length)
+        cdef q2_plan plan
+        cdef uint64_t miss = 0
+        cdef uint32_t parity = 0
+        cdef q2_status st = self._inside(off, n)
+        cdef int32_t i
+        if st == Q2_OK and n:
+            with nogil:
+                st = begin_request(self, &parity)
+                while st == Q2_OK:
+                    pthread_rwlock_rdlock(&self.meta)
+                    st = plan_range(self, off, n, False, &plan, &miss)
+                    pthread_rwlock_unlock(&self.meta)
+                    if st != Q2_MISS:
+                        leave_request(self, parity)
+                        break
+                    st = load_slice(self, miss)
+                    if st != Q2_OK:
+                        leave_request(self, parity)
+        check_status(st, self.name)
+        if not n:
+            return []
+        return [(plan.extent[i].guest_off, plan.extent[i].nbytes, plan.extent[i].kind,
+                 plan.extent[i].host_off) for i in range(plan.n)]
+
+    @property
+    def size(self):
+        """Size of the guest disk in bytes."""
+        return self.disk_size
+
+    @property
+    def cluster_size(self):
+        """Bytes per cluster."""
+        return self.geo.cluster_size
+
+    @property
+    def closed(self):
+        """Whether close() was called."""
+        return bool(self._is_closed())
+
+    @property
+    def _header(self):
+        return self.header
+
+    @property
+    def _file(self):
+        return self.file
+
+    @property
+    def _backing(self):
+        return self.backing
+
+    def _counters(self):
+        """The figures behind Image.stats(), in the order of qcow2x.types.Stats."""
+        return (
+            <uint64_t>self.l2.n_slots << self.l2.slice_bits,
+            <uint64_t>self.l2.max_slots << self.l2.slice_bits,
+            <uint64_t>self.refblocks.n_slots << self.refblocks.slice_bits,
+            <uint64_t>self.refblocks.max_slots << self.refblocks.slice_bits,
+            self.l2.n_loads, self.l2.n_evictions, self.refblocks.n_loads,
+            self.count.metadata_writes, self.count.barriers,
+            self.l2.n_dirty + self.refblocks.n_dirty,
+            self.count.allocated, self.count.freed, q2_load(&self.host_size),
+        )
+
+    # ---- Closing --------------------------------------------------------------------------------
+
+    def _shut(self):
+        """Refuses new requests, waits for those under way, flushes. Returns False if it was shut
+        before. What was unflushed is durable afterwards, or this raises."""
+        cdef q2_status st = Q2_OK
+        cdef bint was_closed
+        cdef timespec pause
+        pause.tv_sec = 0
+        pause.tv_nsec = 200_000
+        with nogil:
+            pthread_rwlock_wrlock(&self.meta)
+            was_closed = self.closed
+            self.closed = True
+            pthread_rwlock_unlock(&self.meta)
+            if not was_closed:
+                # Requests end by themselves within an I/O; looking now and then costs nothing.
+                while q2_load(&self.active[0]) + q2_load(&self.active[1]) != 0:
+                    nanosleep(&pause, NULL)
+                if not self.read_only and not q2_load(&self.broken):
+                    st = flush_closing(self)
+        if was_closed:
+            return False
+        check_status(st, self.name)
+        return True
+
+    cdef bint _is_closed(self) noexcept nogil:
+        cdef bint closed
+        pthread_rwlock_rdlock(&self.meta)
+        closed = self.closed
+        pthread_rwlock_unlock(&self.meta)
+        return closed
+
+    cdef q2_status _open_status(self) noexcept nogil:
+        if self._is_closed():
+            return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+        return Q2_OK
+
+    # ---- The guest disk as a Storage: backing chains, consumers in Cython -----------------------
+
+    cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil:
+        cdef uint64_t inside = 0
+        if off < self.disk_size:
+            inside = self.disk_size - off
+            if inside > nbytes:
+                inside = nbytes
+        if inside < nbytes:
+            memset(<uint8_t *>buf + inside, 0, nbytes - inside)
+        return read_guest(self, buf, inside, off) if inside else Q2_OK
+
+    cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
+                            uint32_t flags) noexcept nogil:
+        cdef q2_status st = self._inside(off, nbytes)
+        if st == Q2_OK:
+            st = write_guest(self, buf, nbytes, off, (flags & WRITE_FUA) != 0)
+        if st == Q2_OK:
+            self.note_write()
+        return st
+
+    cdef q2_status sync(self, int32_t site) noexcept nogil:
+        cdef uint64_t seq = q2_load(&self.write_seq)
+        cdef q2_status st = Q2_OK if self.read_only else flush_image(self)
+        if st == Q2_OK:
+            self.note_sync(seq)
+        return st
+
+    cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
+        nbytes[0] = self.disk_size
+        return Q2_OK
+
+    cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        cdef q2_status st = self._inside(off, nbytes)
+        return discard_guest(self, off, nbytes) if st == Q2_OK else st
+
+    cdef q2_status zero_range(self, int32_t site, uint64_t off, uint64_t nbytes,
+                              uint32_t flags) noexcept nogil:
+        cdef q2_status st = self._inside(off, nbytes)
+        if st == Q2_OK:
+            st = zero_guest(self, off, nbytes, (flags & ZERO_MAY_UNMAP) != 0, False)
+        if st == Q2_OK:
+            self.note_write()
+        return st
+
+    cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept nogil:
+        if off >= self.disk_size:
+            memset(out, 0, sizeof(q2_extent))
+            out.guest_off = off
+            out.nbytes = nbytes
+            return Q2_OK
+        if nbytes > self.disk_size - off:
+            nbytes = self.disk_size - off
+        return guest_extent(self, off, nbytes, out)
+
+    # ---- The door -------------------------------------------------------------------------------
+
+    cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil:
+        if off > self.disk_size or nbytes > self.disk_size - off:
+            return fail(Q2_E_RANGE, Q2_SITE_NONE, off, b"the range reaches past the disk's end")
+        return Q2_OK
+
+    cdef size_t _until_end(self, uint64_t nbytes, uint64_t off) noexcept nogil:
+        if off >= self.disk_size:
+            return 0
+        return nbytes if nbytes <= self.disk_size - off else self.disk_size - off
+
+
+cdef uint64_t door_offset(value) except? 0:
+    cdef int64_t n
+    try:
+        n = value
+    except OverflowError:
+        raise ValueError(f"offset {value} is out of range") from None
+    if n < 0:
+        raise ValueError(f"offset {value} is negative")
+    return <uint64_t>n
+
+
+cdef uint64_t door_length(value) except? 0:
+    cdef int64_t n
+    try:
+        n = value
+    except OverflowError:
+        raise ValueError(f"length {value} is out of range") from None
+    if n < 0:
+        raise ValueError(f"length {value} is negative")
+    return <uint64_t>n

@@ -1,0 +1,24 @@
+# Metadata between memory and file: loading slices, writing them back in order.
+from libc.stdint cimport uint64_t
+
+from qcow2x._core.state cimport ImageState
+from qcow2x._core.status cimport q2_status
+
+# What a planning step writes to *miss with Q2_MISS: the slice's host offset, which is a multiple of
+# 512, and in bit 0 which cache wants it.
+cdef inline uint64_t missing_l2(uint64_t key) noexcept nogil:
+    return key
+
+cdef inline uint64_t missing_refblock(uint64_t key) noexcept nogil:
+    return key | 1
+
+# No lock held. The slice is (or was, a moment ago) cached afterwards: plan again.
+cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
+
+# The same for a thread that holds commit.
+cdef q2_status load_slice_committing(ImageState img, uint64_t miss) noexcept nogil
+
+# commit held, meta not. Writes every dirty slice back in the order of writes. With make_durable a
+# sync follows, and what was unmapped before the call moves to limbo (retire.pyx). After a failure
+# everything is dirty again.
+cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nogil

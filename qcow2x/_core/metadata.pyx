@@ -1,0 +1,296 @@
+# cython: language_level=3
+"""Metadata between memory and file.
+
+Dirty slices are copied under the shared lock and written without it, so that neither a read nor a
+write in place waits for the disk. One thread at a time does this (the commit lock); it writes the
+ranks in order, with a barrier between two of them only where an edge asks for one:
+
+    refcount blocks, and data that must not be lost   -- barrier --
+    L2 slices                                         -- barrier --
+    L1 sectors                                        -- sync (of a flush) --
+    then, and only then, freed clusters are retired (retire.pyx)
+"""
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.stdlib cimport free, malloc, qsort
+from libc.string cimport memcpy, memset
+
+from qcow2x._core.cache cimport (SLOT_VALID, cache_begin_load, cache_end_load, q2_cache, q2_slot)
+from qcow2x._core.errors cimport fail
+from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_wait, room_wake,
+                                 runs_append)
+from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport WRITE_DEFERRED
+from qcow2x._core.sync cimport *
+from qcow2x._core.wire cimport q2_store_be64
+
+
+cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nogil:
+    cdef int32_t site = Q2_SITE_REFBLOCK_LOAD if miss & 1 else Q2_SITE_L2_LOAD
+    cdef q2_cache *cache = &img.refblocks if miss & 1 else &img.l2
+    cdef uint64_t key = miss & ~<uint64_t>1
+    cdef q2_slot *slot = NULL
+    cdef bint already
+    cdef uint64_t turn
+    cdef q2_status st
+    pthread_rwlock_wrlock(&img.meta)
+    st = cache_begin_load(cache, key, &slot, &already)
+    if st == Q2_BUSY or (st == Q2_FULL and cache.n_dirty == 0):
+        # Somebody else is reading it, or readers hold every slot: both end soon.
+        turn = room_enter(img)
+        pthread_rwlock_unlock(&img.meta)
+        room_wait(img, turn)
+        return Q2_OK
+    pthread_rwlock_unlock(&img.meta)
+    if st == Q2_FULL:
+        return write_back_locked(img, False) if committing else write_back(img)
+    if st != Q2_OK or already:
+        return st
+    st = img.file.read_at(site, slot.data, <size_t>1 << cache.slice_bits, key)
+    pthread_rwlock_wrlock(&img.meta)
+    cache_end_load(cache, slot, st == Q2_OK)
+    pthread_rwlock_unlock(&img.meta)
+    room_wake(img)
+    return st
+
+
+cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil:
+    return load(img, miss, False)
+
+
+cdef q2_status load_slice_committing(ImageState img, uint64_t miss) noexcept nogil:
+    return load(img, miss, True)
+
+
+# One contiguous piece of metadata on its way to the file: `bytes` of them at buffer + at.
+cdef struct q2_piece:
+    uint64_t host_off
+    uint64_t at
+    uint32_t nbytes
+
+cdef struct q2_batch:
+    q2_piece *piece
+    uint32_t n
+    uint8_t *buffer
+
+
+cdef int by_offset(const void *a, const void *b) noexcept nogil:
+    cdef uint64_t x = (<const q2_piece *>a).host_off
+    cdef uint64_t y = (<const q2_piece *>b).host_off
+    return -1 if x < y else 1 if x > y else 0
+
+
+cdef void free_batch(q2_batch *batch) noexcept nogil:
+    free(batch.piece)
+    free(batch.buffer)
+    memset(batch, 0, sizeof(q2_batch))
+
+
+cdef q2_status copy_dirty(q2_cache *cache, q2_batch *batch, uint64_t *need_seq) noexcept nogil:
+    """meta, shared, and commit: copies the dirty sectors of the cache, ordered by host offset,
+    and marks their slices as being written. Runs of sectors become one piece."""
+    cdef uint32_t sectors = (<uint32_t>1 << cache.slice_bits) >> 9
+    cdef uint32_t i, low, high
+    cdef uint64_t used = 0
+    cdef q2_slot *slot
+    batch.n = 0
+    if cache.n_dirty == 0:
+        return Q2_OK
+    # At most every other sector starts a run.
+    batch.piece = <q2_piece *>malloc(
+        <size_t>cache.n_dirty * ((sectors + 1) // 2) * sizeof(q2_piece))
+    batch.buffer = <uint8_t *>malloc(<size_t>cache.n_dirty << cache.slice_bits)
+    if batch.piece is NULL or batch.buffer is NULL:
+        free_batch(batch)
+        return fail(Q2_E_NOMEM, Q2_SITE_NONE, 0, b"no memory to write metadata back")
+    for i in range(cache.n_slots):
+        slot = &cache.slots[i]
+        if slot.state != SLOT_VALID or slot.dirty == 0:
+            continue
+        low = 0
+        while low < sectors:
+            if not (slot.dirty >> low) & 1:
+                low += 1
+                continue
+            high = low
+            while high < sectors and (slot.dirty >> high) & 1:
+                high += 1
+            batch.piece[batch.n].host_off = slot.key + (<uint64_t>low << 9)
+            batch.piece[batch.n].at = used
+            batch.piece[batch.n].nbytes = (high - low) << 9
+            memcpy(batch.buffer + used, slot.data + (low << 9), (high - low) << 9)
+            used += batch.piece[batch.n].nbytes
+            batch.n += 1
+            low = high
+        if slot.need_seq > need_seq[0]:
+            need_seq[0] = slot.need_seq
+        # `writing` keeps what was dirty until the write is known to have worked.
+        slot.writing = slot.dirty
+        slot.dirty = 0
+        slot.need_seq = 0
+        slot.after_refblock = 0
+        cache.n_dirty -= 1
+    qsort(batch.piece, batch.n, sizeof(q2_piece), by_offset)
+    return Q2_OK
+
+
+cdef q2_status write_batch(ImageState img, int32_t site, q2_batch *batch) noexcept nogil:
+    cdef uint32_t i
+    cdef q2_status st
+    for i in range(batch.n):
+        st = img.file.write_at(site, batch.buffer + batch.piece[i].at, batch.piece[i].nbytes,
+                               batch.piece[i].host_off, WRITE_DEFERRED)
+        if st != Q2_OK:
+            return st
+        img.count.metadata_writes += 1
+    return Q2_OK
+
+
+cdef void settle(q2_cache *cache, bint written, uint64_t need_seq) noexcept nogil:
+    """meta, exclusive: the copies have reached the file, or their sectors are dirty again."""
+    cdef uint32_t i
+    cdef q2_slot *slot
+    for i in range(cache.n_slots):
+        slot = &cache.slots[i]
+        if not slot.writing:
+            continue
+        if not written and slot.state == SLOT_VALID:
+            if not slot.dirty:
+                cache.n_dirty += 1
+            slot.dirty |= slot.writing
+            slot.after_refblock = 1
+            if need_seq > slot.need_seq:
+                slot.need_seq = need_seq
+        slot.writing = 0
+
+
+cdef q2_status copy_dirty_l1(ImageState img, q2_batch *batch) noexcept nogil:
+    cdef uint64_t sectors = (<uint64_t>img.l1_size * 8 + 511) >> 9
+    cdef uint64_t i, j, entry, n = 0
+    batch.n = 0
+    if not img.l1_is_dirty:
+        return Q2_OK
+    for i in range(sectors):
+        n += img.l1_dirty[i] != 0
+    batch.piece = <q2_piece *>malloc(n * sizeof(q2_piece))
+    batch.buffer = <uint8_t *>malloc(n << 9)
+    if batch.piece is NULL or batch.buffer is NULL:
+        free_batch(batch)
+        return fail(Q2_E_NOMEM, Q2_SITE_L1_UPDATE, img.l1_offset, b"no memory to write L1 back")
+    for i in range(sectors):
+        if not img.l1_dirty[i]:
+            continue
+        # A table that ends inside its last sector is followed by nothing of ours to spare: the
+        # piece ends where the table does.
+        n = <uint64_t>img.l1_size - i * 64
+        if n > 64:
+            n = 64
+        batch.piece[batch.n].host_off = img.l1_offset + (i << 9)
+        batch.piece[batch.n].at = <uint64_t>batch.n << 9
+        batch.piece[batch.n].nbytes = <uint32_t>(n * 8)
+        for j in range(n):
+            entry = img.l1[i * 64 + j]
+            q2_store_be64(batch.buffer + (<uint64_t>batch.n << 9) + 8 * j, entry)
+        batch.n += 1
+        img.l1_dirty[i] = 2     # being written
+    img.l1_is_dirty = False
+    return Q2_OK
+
+
+cdef void settle_l1(ImageState img, bint written) noexcept nogil:
+    """meta, exclusive."""
+    cdef uint64_t sectors = (<uint64_t>img.l1_size * 8 + 511) >> 9
+    cdef uint64_t i
+    for i in range(sectors):
+        if img.l1_dirty[i] == 2:
+            img.l1_dirty[i] = 0 if written else 1
+            if not written:
+                img.l1_is_dirty = True
+
+
+cdef q2_status barrier_for(ImageState img, uint64_t seq) noexcept nogil:
+    """What was written up to `seq` is durable before anything that follows."""
+    if seq <= q2_load(&img.file.durable_seq):
+        return Q2_OK
+    img.count.barriers += 1
+    return img.file.sync(Q2_SITE_BARRIER)
+
+
+cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2_batch *l1,
+                           uint64_t data_seq) noexcept nogil:
+    cdef q2_status st
+    if refblocks.n:
+        st = write_batch(img, Q2_SITE_REFBLOCK_UPDATE, refblocks)
+        if st != Q2_OK:
+            return st
+        q2_raise_to(&img.refblock_seq, q2_load(&img.file.write_seq))
+    if l2.n or l1.n:
+        # Edges: refcounts before references; data that replaces old data before its mapping.
+        if data_seq < q2_load(&img.refblock_seq):
+            data_seq = q2_load(&img.refblock_seq)
+        st = barrier_for(img, data_seq)
+        if st != Q2_OK:
+            return st
+    if l2.n:
+        st = write_batch(img, Q2_SITE_L2_UPDATE, l2)
+        if st != Q2_OK:
+            return st
+    if l1.n:
+        # Edge: L2 tables before the L1 entries that point to them.
+        st = barrier_for(img, q2_load(&img.table_seq))
+        if st != Q2_OK:
+            return st
+        return write_batch(img, Q2_SITE_L1_UPDATE, l1)
+    return Q2_OK
+
+
+cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nogil:
+    cdef q2_batch refblocks, l2, l1
+    cdef q2_runs unmapped
+    cdef uint64_t data_seq = 0, seq
+    cdef q2_status st
+    memset(&refblocks, 0, sizeof(q2_batch))
+    memset(&l2, 0, sizeof(q2_batch))
+    memset(&l1, 0, sizeof(q2_batch))
+    memset(&unmapped, 0, sizeof(q2_runs))
+    # Shared would do to copy, but the dropped list is taken at the same instant.
+    pthread_rwlock_wrlock(&img.meta)
+    seq = q2_load(&img.meta_seq)
+    # All or nothing: what cannot be copied now stays dirty.
+    st = copy_dirty(&img.refblocks, &refblocks, &data_seq)
+    if st == Q2_OK:
+        st = copy_dirty(&img.l2, &l2, &data_seq)
+    if st == Q2_OK:
+        st = copy_dirty_l1(img, &l1)
+    if st == Q2_OK and make_durable:
+        unmapped = img.dropped
+        memset(&img.dropped, 0, sizeof(q2_runs))
+    pthread_rwlock_unlock(&img.meta)
+    if st == Q2_OK:
+        st = poison_unless_full(img, write_ranks(img, &refblocks, &l2, &l1, data_seq))
+    if st == Q2_OK and make_durable:
+        st = poison_unless_full(img, img.file.sync(Q2_SITE_FLUSH))
+    pthread_rwlock_wrlock(&img.meta)
+    settle(&img.refblocks, st == Q2_OK, 0)
+    settle(&img.l2, st == Q2_OK, data_seq)
+    settle_l1(img, st == Q2_OK)
+    if st == Q2_OK and make_durable:
+        q2_raise_to(&img.meta_durable, seq)
+        st = runs_append(&img.limbo[img.epoch & 1], &unmapped)
+    elif unmapped.n:
+        # Not durably unmapped after all: they wait for the next flush.
+        runs_append(&img.dropped, &unmapped)
+    pthread_rwlock_unlock(&img.meta)
+    free(unmapped.run)
+    free_batch(&refblocks)
+    free_batch(&l2)
+    free_batch(&l1)
+    room_wake(img)
+    return st
+
+
+cdef q2_status write_back(ImageState img) noexcept nogil:
+    cdef q2_status st
+    pthread_mutex_lock(&img.commit)
+    st = write_back_locked(img, False)
+    pthread_mutex_unlock(&img.commit)
+    return st

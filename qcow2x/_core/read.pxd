@@ -1,0 +1,20 @@
+# Guest reads.
+from libc.stddef cimport size_t
+from libc.stdint cimport uint64_t
+
+from qcow2x._core.state cimport ImageState
+from qcow2x._core.status cimport q2_status
+from qcow2x._core.storage cimport q2_extent
+
+# No lock held. Fills buf with the guest bytes [guest_off, guest_off + nbytes), which must lie inside
+# the disk. One failure fails the whole request.
+cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
+                          uint64_t guest_off) noexcept nogil
+
+# No lock held. The first run at guest_off, through the chain: DATA (also for compressed) or ZERO.
+cdef q2_status guest_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                            q2_extent *out) noexcept nogil
+
+# No lock held. Whether the guest range reads as zeros, as far as metadata tells.
+cdef q2_status reads_as_zero(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                             bint *zero) noexcept nogil

@@ -1,0 +1,155 @@
+# cython: language_level=3
+"""Guest reads: plan under the shared lock, then do what the plan says without it."""
+from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.string cimport memcpy, memset
+
+from qcow2x._core.codec cimport decode_cluster
+from qcow2x._core.errors cimport fail
+from qcow2x._core.mapping cimport plan_range
+from qcow2x._core.metadata cimport load_slice
+from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
+                                Q2_KIND_ZERO, q2_plan)
+from qcow2x._core.scratch cimport scratch_give, scratch_take
+from qcow2x._core.state cimport enter_request, has_backing, leave_request
+from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport *
+
+
+cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
+    """Decodes the cluster of `ext` into buf, straight when all of it is wanted."""
+    cdef size_t size = img.geo.cluster_size
+    cdef uint64_t skip = ext.guest_off & (size - 1)
+    cdef bint whole = skip == 0 and ext.nbytes == size
+    # One buffer for both: the stream in front, the decoded cluster behind it.
+    cdef size_t stream_room = (ext.comp_bytes + 4095) & ~<size_t>4095
+    cdef size_t room = stream_room if whole else stream_room + size
+    cdef uint8_t *scratch = <uint8_t *>scratch_take(room)
+    cdef uint8_t *decoded = buf if whole else scratch + stream_room
+    cdef q2_status st
+    if scratch is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_READ, ext.host_off, b"out of memory")
+    st = img.file.read_at(Q2_SITE_COMPRESSED_READ, scratch, ext.comp_bytes, ext.host_off)
+    if st == Q2_OK:
+        st = decode_cluster(img.header.fields.compression_type, scratch, ext.comp_bytes, decoded,
+                            size)
+        if st == Q2_E_CODEC:
+            fail(Q2_E_CODEC, Q2_SITE_COMPRESSED_READ, ext.host_off,
+                 b"compressed cluster does not decode to a full cluster")
+    if st == Q2_OK and not whole:
+        memcpy(buf, decoded + skip, ext.nbytes)
+    scratch_give(scratch, room)
+    return st
+
+
+cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
+    if ext.kind == Q2_KIND_DATA:
+        return img.file.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
+    if ext.kind == Q2_KIND_COMPRESSED:
+        return read_compressed(img, ext, buf)
+    if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):
+        # Past the backing file's end this reads zeros.
+        return img.backing.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.guest_off)
+    memset(buf, 0, ext.nbytes)
+    return Q2_OK
+
+
+# The part of a host offset's plausibility that another process may change under us: a file that
+# grows while we read it. Asked only when a plan ran past the end that we knew.
+cdef bint host_grew(ImageState img) noexcept nogil:
+    cdef uint64_t now = 0
+    cdef uint64_t known = q2_load(&img.host_size)
+    if img.file.get_size(&now) != Q2_OK or now <= known:
+        return False
+    q2_raise_to(&img.host_size, now)
+    return True
+
+
+cdef q2_status plan_next(ImageState img, uint64_t guest_off, uint64_t nbytes, q2_plan *plan,
+                         bint *entered, uint32_t *parity) noexcept nogil:
+    """One plan that answers at least one byte, loading what it needs; enters the request."""
+    cdef uint64_t miss = 0
+    cdef q2_status st
+    while True:
+        pthread_rwlock_rdlock(&img.meta)
+        st = Q2_OK
+        if not entered[0]:
+            st = enter_request(img, parity)
+            entered[0] = st == Q2_OK
+        if st == Q2_OK:
+            st = plan_range(img, guest_off, nbytes, False, plan, &miss)
+        pthread_rwlock_unlock(&img.meta)
+        if st == Q2_MISS:
+            st = load_slice(img, miss)
+            if st != Q2_OK:
+                return st
+            continue
+        if st == Q2_E_CORRUPT and img.read_only and host_grew(img):
+            continue
+        return st
+
+
+cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
+                          uint64_t guest_off) noexcept nogil:
+    cdef q2_plan plan
+    cdef uint8_t *out = <uint8_t *>buf
+    cdef uint64_t end = guest_off + nbytes
+    cdef uint32_t parity = 0
+    cdef bint entered = False
+    cdef int32_t i
+    cdef q2_status st = Q2_OK
+    while guest_off < end and st == Q2_OK:
+        st = plan_next(img, guest_off, end - guest_off, &plan, &entered, &parity)
+        if st != Q2_OK:
+            break
+        for i in range(plan.n):
+            st = read_extent(img, &plan.extent[i], out)
+            if st != Q2_OK:
+                break
+            out += plan.extent[i].nbytes
+        guest_off += plan.nbytes
+    if entered:
+        leave_request(img, parity)
+    return st
+
+
+cdef q2_status guest_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                            q2_extent *out) noexcept nogil:
+    cdef q2_plan plan
+    cdef uint32_t parity = 0
+    cdef bint entered = False
+    cdef q2_status st = plan_next(img, guest_off, nbytes, &plan, &entered, &parity)
+    if st == Q2_OK:
+        out[0] = plan.extent[0]
+        out.host_off = 0
+        if out.kind == Q2_KIND_COMPRESSED:
+            out.kind = Q2_KIND_DATA
+        elif out.kind == Q2_KIND_UNALLOCATED:
+            out.kind = Q2_KIND_ZERO
+            if has_backing(img) and guest_off < img.backing_size:
+                if out.nbytes > img.backing_size - guest_off:
+                    out.nbytes = img.backing_size - guest_off
+                nbytes = out.nbytes
+                st = img.backing.extent_at(guest_off, nbytes, out)
+                out.host_off = 0
+                if out.kind == Q2_KIND_UNALLOCATED:
+                    out.kind = Q2_KIND_ZERO
+    if entered:
+        leave_request(img, parity)
+    return st
+
+
+cdef q2_status reads_as_zero(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                             bint *zero) noexcept nogil:
+    cdef q2_extent ext
+    cdef uint64_t end = guest_off + nbytes
+    cdef q2_status st
+    zero[0] = True
+    while guest_off < end:
+        st = guest_extent(img, guest_off, end - guest_off, &ext)
+        if st != Q2_OK:
+            return st
+        if ext.kind != Q2_KIND_ZERO:
+            zero[0] = False
+            return Q2_OK
+        guest_off += ext.nbytes
+    return Q2_OK

@@ -1,0 +1,63 @@
+# cython: language_level=3
+"""Buffers for the length of one request, kept for the next one."""
+from libc.stdlib cimport free
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, mmap
+from posix.stdlib cimport posix_memalign
+
+from qcow2x._core.sync cimport *
+
+cdef enum:
+    SMALLEST = 12           # 4 KiB
+    LARGEST = 23            # 8 MiB: two clusters and the compressed stream of a third
+    KEEP = 8                # of each size: at most 8 * 16 MiB are ever kept, usually far less
+
+# Under `guard`.
+cdef pthread_mutex_t guard
+cdef void *kept[LARGEST + 1][KEEP]
+cdef int n_kept[LARGEST + 1]
+
+cdef const void *zero_pages = mmap(NULL, ZEROS_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+if zero_pages == MAP_FAILED:
+    raise MemoryError("qcow2x: no address space for 2 MiB of zeros")
+pthread_mutex_init(&guard, NULL)
+
+
+cdef const void *zeros() noexcept nogil:
+    return zero_pages
+
+
+cdef inline int class_of(size_t nbytes) noexcept nogil:
+    cdef int bits = SMALLEST
+    while (<size_t>1 << bits) < nbytes:
+        bits += 1
+    return bits
+
+
+cdef void *scratch_take(size_t nbytes) noexcept nogil:
+    cdef int bits = class_of(nbytes)
+    cdef void *buf = NULL
+    if bits <= LARGEST:
+        pthread_mutex_lock(&guard)
+        if n_kept[bits]:
+            n_kept[bits] -= 1
+            buf = kept[bits][n_kept[bits]]
+        pthread_mutex_unlock(&guard)
+        if buf is not NULL:
+            return buf
+    if posix_memalign(&buf, 4096, <size_t>1 << bits) != 0:
+        return NULL
+    return buf
+
+
+cdef void scratch_give(void *buf, size_t nbytes) noexcept nogil:
+    cdef int bits = class_of(nbytes)
+    if buf is NULL:
+        return
+    if bits <= LARGEST:
+        pthread_mutex_lock(&guard)
+        if n_kept[bits] < KEEP:
+            kept[bits][n_kept[bits]] = buf
+            n_kept[bits] += 1
+            buf = NULL
+        pthread_mutex_unlock(&guard)
+    free(buf)

@@ -1,0 +1,128 @@
+# What the verbs share: one open image. Only fields, locks and the waiting room; no verb.
+#
+# Locks, in the order in which they may be taken:
+#   commit    one thread at a time writes metadata back (metadata.pyx), retires freed clusters
+#             (retire.pyx) or rewrites the header
+#   meta      reader-writer; held to plan, never across data I/O. Shared: look at L1, caches,
+#             refcount table. Exclusive: change any of them, the lists, the size
+#   room      the waiting room's mutex; leaf, nothing is taken under it
+# Atomic fields may be read without a lock. Nothing here takes the GIL.
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+
+from qcow2x._core.cache cimport q2_cache
+from qcow2x._core.geometry cimport q2_geometry
+from qcow2x._core.header cimport Header
+from qcow2x._core.status cimport q2_status
+from qcow2x._core.storage cimport Storage
+from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t
+
+# An allocating write between its plan and its link. It owns guest clusters [first, first + n):
+# whoever would change their mapping waits until it has linked or aborted.
+cdef struct q2_inflight:
+    uint64_t first_cl
+    uint64_t n_clusters
+    q2_inflight *prev
+    q2_inflight *next
+
+# Host clusters [first, first + n), a growing list of them.
+cdef struct q2_run:
+    uint64_t first
+    uint64_t n
+
+cdef struct q2_runs:
+    q2_run *run
+    uint64_t n
+    uint64_t room
+
+cdef struct q2_counters:
+    uint64_t metadata_writes
+    uint64_t barriers
+    uint64_t allocated
+    uint64_t freed
+
+
+cdef class ImageState(Storage):
+    cdef q2_geometry geo
+    cdef Header header
+    cdef Storage file               # metadata, and data too
+    cdef Storage backing            # None without a backing file
+    cdef uint64_t backing_size
+    cdef bint durable               # writethrough, directsync: a write returns when it is durable
+    cdef bint discard_to_host       # freed clusters are punched out of the file
+
+    # Under meta.
+    cdef uint64_t disk_size         # guest bytes
+    cdef uint64_t *l1               # host byte order
+    cdef uint32_t l1_size           # entries
+    cdef uint64_t l1_offset
+    cdef uint8_t *l1_dirty          # a byte per 512-byte sector of the table
+    cdef bint l1_is_dirty
+    cdef uint64_t *rt               # refcount table, host byte order
+    cdef uint64_t rt_entries
+    cdef uint64_t rt_offset
+    cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place
+    cdef q2_cache l2
+    cdef q2_cache refblocks
+    cdef uint64_t free_hint         # no host cluster below this one is free
+    cdef uint64_t packed_end        # host offset after the last compressed cluster; 0: start anew
+    cdef q2_inflight *inflight
+    cdef q2_runs dropped            # unmapped, but not yet durably so
+    cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
+    cdef uint64_t epoch
+    cdef bint closed
+
+    # Atomic.
+    cdef uint64_t active[2]         # requests that entered during an epoch of this parity
+    cdef uint64_t host_size         # the file's size as far as this image has seen or grown it
+    cdef uint64_t meta_seq          # counts changes of metadata
+    cdef uint64_t meta_durable      # changes up to this one are durable
+    cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
+    cdef uint64_t table_seq         # the same after the last L2 table written
+    cdef uint64_t broken            # 1 after a metadata write failed
+    cdef uint64_t flush_tickets     # calls to flush so far
+
+    # Under commit.
+    cdef uint64_t flush_done        # calls to flush up to this one are answered
+
+    cdef q2_counters count          # for stats(): a lost update now and then is no harm
+
+    cdef pthread_mutex_t commit
+    cdef pthread_rwlock_t meta
+    cdef pthread_mutex_t room
+    cdef pthread_cond_t room_cond
+    cdef uint64_t room_turn         # under room: grows whenever something one may wait for happened
+    cdef uint64_t room_waiters
+
+    cdef bint locks_ready
+
+
+cdef inline bint has_backing(ImageState img) noexcept nogil:
+    return img.backing is not None
+
+# meta, any side. Enters a request: what it plans stays readable until leave_request. Q2_E_CLOSED.
+cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil
+# No lock held: the same for a verb that plans under the exclusive lock later.
+cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil
+# No lock needed.
+cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil
+
+# Waiting: note the turn while meta is held, let go of meta, wait for the next turn.
+cdef uint64_t room_enter(ImageState img) noexcept nogil
+cdef void room_wait(ImageState img, uint64_t turn) noexcept nogil
+cdef void room_wake(ImageState img) noexcept nogil
+
+# meta, any side. Whether a write in flight owns a cluster of [first_cl, first_cl + n_clusters).
+cdef bint overlaps_inflight(ImageState img, uint64_t first_cl, uint64_t n_clusters) noexcept nogil
+# meta, exclusive.
+cdef void add_inflight(ImageState img, q2_inflight *w) noexcept nogil
+cdef void remove_inflight(ImageState img, q2_inflight *w) noexcept nogil
+
+# Appends, merging with the last run where they touch. Q2_E_NOMEM leaves the list alone.
+cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogil
+cdef q2_status runs_append(q2_runs *runs, const q2_runs *more) noexcept nogil
+cdef void runs_clear(q2_runs *runs) noexcept nogil
+
+# Whether a write may start: Q2_E_READONLY, Q2_E_BROKEN or Q2_OK.
+cdef q2_status may_write(ImageState img) noexcept nogil
+# After a metadata write or a sync failed: no room is retryable, all else poisons.
+cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil

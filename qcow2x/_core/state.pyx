@@ -1,0 +1,178 @@
+# cython: language_level=3
+"""One open image: the fields, locks and lists that the verbs share."""
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memset
+
+from qcow2x._core.cache cimport cache_free
+from qcow2x._core.errors cimport fail
+from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport *
+
+
+cdef class ImageState(Storage):
+
+    def __cinit__(self, *args, **kwargs):
+        cdef pthread_rwlockattr_t attr
+        self.l1 = NULL
+        self.l1_dirty = NULL
+        self.rt = NULL
+        self.inflight = NULL
+        pthread_mutex_init(&self.commit, NULL)
+        pthread_mutex_init(&self.room, NULL)
+        pthread_cond_init(&self.room_cond, NULL)
+        # Writers first: an allocating write must not starve behind a stream of readers.
+        pthread_rwlockattr_init(&attr)
+        pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
+        pthread_rwlock_init(&self.meta, &attr)
+        pthread_rwlockattr_destroy(&attr)
+        self.locks_ready = True
+
+    def __dealloc__(self):
+        cache_free(&self.l2)
+        cache_free(&self.refblocks)
+        free(self.l1)
+        free(self.l1_dirty)
+        free(self.rt)
+        free(self.dropped.run)
+        free(self.limbo[0].run)
+        free(self.limbo[1].run)
+        if self.locks_ready:
+            pthread_rwlock_destroy(&self.meta)
+            pthread_cond_destroy(&self.room_cond)
+            pthread_mutex_destroy(&self.room)
+            pthread_mutex_destroy(&self.commit)
+
+
+cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
+    if img.closed:
+        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+    parity[0] = <uint32_t>(img.epoch & 1)
+    q2_add(&img.active[parity[0]], 1)
+    return Q2_OK
+
+
+cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil:
+    cdef q2_status st
+    pthread_rwlock_rdlock(&img.meta)
+    st = enter_request(img, parity)
+    pthread_rwlock_unlock(&img.meta)
+    return st
+
+
+cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil:
+    q2_sub(&img.active[parity], 1)
+
+
+cdef uint64_t room_enter(ImageState img) noexcept nogil:
+    cdef uint64_t turn
+    pthread_mutex_lock(&img.room)
+    turn = img.room_turn
+    q2_add(&img.room_waiters, 1)
+    pthread_mutex_unlock(&img.room)
+    return turn
+
+
+cdef void room_wait(ImageState img, uint64_t turn) noexcept nogil:
+    pthread_mutex_lock(&img.room)
+    while img.room_turn == turn:
+        pthread_cond_wait(&img.room_cond, &img.room)
+    q2_sub(&img.room_waiters, 1)
+    pthread_mutex_unlock(&img.room)
+
+
+cdef void room_wake(ImageState img) noexcept nogil:
+    # Whoever waits entered while holding meta, and what wakes it happens under meta exclusive or
+    # after it, so a waiter that counts is seen here.
+    if q2_load(&img.room_waiters) == 0:
+        return
+    pthread_mutex_lock(&img.room)
+    img.room_turn += 1
+    pthread_cond_broadcast(&img.room_cond)
+    pthread_mutex_unlock(&img.room)
+
+
+cdef bint overlaps_inflight(ImageState img, uint64_t first_cl, uint64_t n_clusters) noexcept nogil:
+    cdef q2_inflight *w = img.inflight
+    while w is not NULL:
+        if w.first_cl < first_cl + n_clusters and first_cl < w.first_cl + w.n_clusters:
+            return True
+        w = w.next
+    return False
+
+
+cdef void add_inflight(ImageState img, q2_inflight *w) noexcept nogil:
+    w.prev = NULL
+    w.next = img.inflight
+    if w.next is not NULL:
+        w.next.prev = w
+    img.inflight = w
+
+
+cdef void remove_inflight(ImageState img, q2_inflight *w) noexcept nogil:
+    if w.prev is not NULL:
+        w.prev.next = w.next
+    else:
+        img.inflight = w.next
+    if w.next is not NULL:
+        w.next.prev = w.prev
+
+
+cdef q2_status reserve_runs(q2_runs *runs, uint64_t more) noexcept nogil:
+    cdef uint64_t room = runs.room * 2 if runs.room else 16
+    cdef void *grown
+    if runs.n + more <= runs.room:
+        return Q2_OK
+    while room < runs.n + more:
+        room *= 2
+    grown = realloc(runs.run, room * sizeof(q2_run))
+    if grown is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_NONE, 0, b"no memory for the list of freed clusters")
+    runs.run = <q2_run *>grown
+    runs.room = room
+    return Q2_OK
+
+
+cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogil:
+    cdef q2_status st
+    if runs.n and runs.run[runs.n - 1].first + runs.run[runs.n - 1].n == first:
+        runs.run[runs.n - 1].n += n
+        return Q2_OK
+    st = reserve_runs(runs, 1)
+    if st != Q2_OK:
+        return st
+    runs.run[runs.n].first = first
+    runs.run[runs.n].n = n
+    runs.n += 1
+    return Q2_OK
+
+
+cdef q2_status runs_append(q2_runs *runs, const q2_runs *more) noexcept nogil:
+    cdef q2_status st = reserve_runs(runs, more.n)
+    if st != Q2_OK:
+        return st
+    if more.n:
+        memcpy(runs.run + runs.n, more.run, more.n * sizeof(q2_run))
+        runs.n += more.n
+    return Q2_OK
+
+
+cdef void runs_clear(q2_runs *runs) noexcept nogil:
+    # A list that once grew large does not keep its memory for good.
+    if runs.room > 4096:
+        free(runs.run)
+        memset(runs, 0, sizeof(q2_runs))
+    runs.n = 0
+
+
+cdef q2_status may_write(ImageState img) noexcept nogil:
+    if img.read_only:
+        return fail(Q2_E_READONLY, Q2_SITE_NONE, 0, b"image is open read-only")
+    if q2_load(&img.broken):
+        return fail(Q2_E_BROKEN, Q2_SITE_NONE, 0, b"an earlier metadata write failed")
+    return Q2_OK
+
+
+cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil:
+    if status != Q2_OK and status != Q2_E_NOSPC and status != Q2_E_NOMEM:
+        q2_store(&img.broken, 1)
+    return status

@@ -1,0 +1,456 @@
+# cython: language_level=3
+"""Guest writes.
+
+A write to clusters that are allocated and ours alone goes in place: planned under the shared lock
+like a read, no metadata touched. All else is an allocating write, an object with exactly two ends:
+it is linked into the L2 table after its data was written, or aborted and its clusters given back.
+Between plan and end it owns its guest clusters; who would change their mapping waits.
+"""
+from libc.stdint cimport int32_t
+
+from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
+from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
+from qcow2x._core.cow cimport q2_cow, write_with_cow
+from qcow2x._core.flush cimport flush_if_metadata_changed
+from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
+from qcow2x._core.l2table cimport *
+from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_table,
+                                   entry_changed, entry_is_ours, find_entry, plan_range)
+from qcow2x._core.metadata cimport load_slice
+from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, q2_plan
+from qcow2x._core.scratch cimport zeros
+from qcow2x._core.state cimport *
+from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, q2_extent
+from qcow2x._core.sync cimport *
+from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED
+
+cdef enum:
+    IN_PLACE = 0    # nothing to allocate: the caller goes the short way
+    KEEP = 1        # the host cluster is ours and stays; flags or subcluster bits change
+    RENEW = 2       # a new host cluster
+
+
+cdef struct q2_write:
+    q2_inflight owned
+    uint8_t what            # IN_PLACE, KEEP or RENEW
+    bint fresh              # the host clusters read as zeros until written
+    uint64_t host_off       # of the first owned cluster
+    uint64_t data_off       # guest
+    uint64_t data_bytes
+    q2_cow cow
+
+
+cdef uint8_t classify(ImageState img, uint64_t guest_cl, q2_l2e e, uint64_t guest_off,
+                      uint64_t end) noexcept nogil:
+    """What a write of [guest_off, end), cut to cluster guest_cl, needs there."""
+    cdef uint64_t start = guest_cl << img.geo.cluster_bits
+    cdef uint64_t stop = start + img.geo.cluster_size
+    cdef uint32_t sc, last
+    if is_compressed(e) or host_cluster(e) == 0 or not entry_is_ours(img, guest_cl, e):
+        return RENEW
+    if start < guest_off:
+        start = guest_off
+    if stop > end:
+        stop = end
+    sc = <uint32_t>((start & (img.geo.cluster_size - 1)) >> img.geo.subcluster_bits)
+    last = <uint32_t>(((stop - 1) & (img.geo.cluster_size - 1)) >> img.geo.subcluster_bits)
+    while sc <= last:
+        if subcluster_kind(&img.geo, e, sc) != Q2_KIND_DATA:
+            return KEEP
+        sc += 1
+    return IN_PLACE
+
+
+# The guest offset where copying must begin in the cluster that `data_off` lies in.
+cdef uint64_t hull_start(const q2_geometry *g, uint8_t what, q2_l2e e,
+                         uint64_t data_off) noexcept nogil:
+    cdef uint64_t cluster = round_down(data_off, g.cluster_size)
+    cdef uint64_t start = round_down(data_off, <uint64_t>1 << g.subcluster_bits)
+    cdef uint32_t sc, own
+    own = <uint32_t>((start - cluster) >> g.subcluster_bits)
+    if what == KEEP:
+        # Bytes of a subcluster that is already stored stay where they are.
+        return data_off if subcluster_kind(g, e, own) == Q2_KIND_DATA else start
+    # All the old cluster stored must move along to the new one.
+    for sc in range(own):
+        if subcluster_kind(g, e, sc) in (Q2_KIND_DATA, Q2_KIND_COMPRESSED):
+            return cluster + (<uint64_t>sc << g.subcluster_bits)
+    return start
+
+
+# The guest offset where copying may end in the cluster that the byte before `data_end` lies in.
+cdef uint64_t hull_end(const q2_geometry *g, uint8_t what, q2_l2e e,
+                       uint64_t data_end) noexcept nogil:
+    cdef uint64_t cluster = round_down(data_end - 1, g.cluster_size)
+    cdef uint64_t end = round_up(data_end, <uint64_t>1 << g.subcluster_bits)
+    cdef uint32_t sc, own
+    own = <uint32_t>((data_end - 1 - cluster) >> g.subcluster_bits)
+    if what == KEEP:
+        return data_end if subcluster_kind(g, e, own) == Q2_KIND_DATA else end
+    sc = g.subclusters - 1
+    while sc > own:
+        if subcluster_kind(g, e, sc) in (Q2_KIND_DATA, Q2_KIND_COMPRESSED):
+            return cluster + (<uint64_t>(sc + 1) << g.subcluster_bits)
+        sc -= 1
+    return end
+
+
+cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q2_write *w,
+                          uint64_t *miss) noexcept nogil:
+    """meta, exclusive: as many clusters as one host run can take, all in one L2 slice."""
+    cdef uint32_t cbits = img.geo.cluster_bits
+    cdef uint64_t end = guest_off + nbytes
+    cdef uint64_t first_cl = guest_off >> cbits
+    cdef uint64_t last_cl = (end - 1) >> cbits
+    cdef uint64_t n = 1, left = 0, first_host = 0, got
+    cdef uint8_t *at = NULL
+    cdef uint8_t *last_at
+    cdef q2_slot *slot = NULL
+    cdef q2_l2e e, other
+    cdef q2_status st
+    if overlaps_inflight(img, first_cl, 1):
+        return Q2_BUSY
+    st = ensure_l2_table(img, first_cl, miss)
+    if st == Q2_OK:
+        st = find_entry(img, first_cl, &slot, &at, &left, miss)
+    if st != Q2_OK:
+        return st
+    e = load_l2e(&img.geo, at)
+    w.what = classify(img, first_cl, e, guest_off, end)
+    if w.what == IN_PLACE:
+        return Q2_OK
+    if w.what == KEEP:
+        st = check_host_cluster(img, host_cluster(e), guest_off)
+        if st != Q2_OK:
+            return st
+        w.host_off = host_cluster(e)
+    # Further clusters of the same sort. With subclusters a kept cluster goes alone: its
+    # neighbours have other bits.
+    while (n < left and first_cl + n <= last_cl
+           and not (w.what == KEEP and img.geo.subclusters > 1)):
+        other = load_l2e(&img.geo, at + (n << img.geo.l2_entry_bits))
+        if (classify(img, first_cl + n, other, guest_off, end) != w.what
+                or (w.what == KEEP and host_cluster(other) != w.host_off + (n << cbits))
+                or overlaps_inflight(img, first_cl + n, 1)):
+            break
+        n += 1
+    w.fresh = False
+    if w.what == RENEW:
+        st = alloc_clusters(img, n, &first_host, &got, &w.fresh, miss)
+        if st != Q2_OK:
+            return st
+        n = got
+        w.host_off = first_host << cbits
+    last_at = at + ((n - 1) << img.geo.l2_entry_bits)
+    w.data_off = guest_off
+    if end > (first_cl + n) << cbits:
+        end = (first_cl + n) << cbits
+    w.data_bytes = end - guest_off
+    w.cow.head_off = hull_start(&img.geo, w.what, e, guest_off)
+    w.cow.head_bytes = guest_off - w.cow.head_off
+    w.cow.tail_off = end
+    w.cow.tail_bytes = hull_end(&img.geo, w.what, load_l2e(&img.geo, last_at), end) - end
+    w.owned.first_cl = first_cl
+    w.owned.n_clusters = n
+    add_inflight(img, &w.owned)
+    return Q2_OK
+
+
+cdef inline q2_l2e linked_entry(const q2_geometry *g, const q2_write *w, q2_l2e old,
+                                uint64_t guest_cl) noexcept nogil:
+    """The entry of one owned cluster after the write."""
+    cdef uint64_t start = guest_cl << g.cluster_bits
+    cdef uint64_t low = w.cow.head_off
+    cdef uint64_t high = w.cow.tail_off + w.cow.tail_bytes
+    cdef uint64_t stored
+    cdef uint32_t first, last
+    cdef q2_l2e e
+    e.entry = (w.host_off + ((guest_cl - w.owned.first_cl) << g.cluster_bits)) | Q2_OFLAG_COPIED
+    e.bitmap = 0
+    if g.subclusters == 1:
+        return e
+    if low < start:
+        low = start
+    if high > start + g.cluster_size:
+        high = start + g.cluster_size
+    first = <uint32_t>((low - start) >> g.subcluster_bits)
+    last = <uint32_t>((high - 1 - start) >> g.subcluster_bits)
+    stored = subcluster_bits(first, last - first + 1)
+    # A subcluster that is not stored keeps reading as it did: zeros, or the backing file.
+    if w.what == KEEP:
+        e.bitmap = (old.bitmap & ~(stored << 32)) | stored
+    elif not is_compressed(old):
+        e.bitmap = (old.bitmap & Q2_BITMAP_ALL_ZERO & ~(stored << 32)) | stored
+    else:
+        e.bitmap = stored
+    return e
+
+
+cdef q2_status link(ImageState img, const q2_write *w, uint64_t *miss) noexcept nogil:
+    """meta, exclusive: the owned clusters' entries now name the host clusters. All of them lie in
+    one slice, so either it is cached and all change, or Q2_MISS and none."""
+    cdef uint64_t left, i
+    cdef uint8_t *at = NULL
+    cdef q2_slot *slot = NULL
+    cdef q2_l2e old
+    cdef q2_status st = find_entry(img, w.owned.first_cl, &slot, &at, &left, miss)
+    for i in range(w.owned.n_clusters):
+        if st != Q2_OK:
+            return st
+        old = load_l2e(&img.geo, at)
+        store_l2e(&img.geo, at, linked_entry(&img.geo, w, old, w.owned.first_cl + i))
+        st = entry_changed(img, slot, at)
+        if st == Q2_OK and w.what == RENEW:
+            st = drop_entry(img, old)
+        at += <uint64_t>1 << img.geo.l2_entry_bits
+    # Edge: the data before the mapping to it. It replaces old bytes, or lies where the file only
+    # now begins to reach.
+    return cache_after(&img.l2, slot, RANK_DATA, q2_load(&img.file.write_seq))
+
+
+cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept nogil:
+    """The two ends of an allocating write: linked if its data was written, else aborted."""
+    cdef uint64_t miss = 0, released = 0
+    cdef q2_status st
+    while True:
+        pthread_rwlock_wrlock(&img.meta)
+        if outcome == Q2_OK:
+            st = link(img, w, &miss)
+        elif w.what == RENEW:
+            st = release_unlinked(img, w.host_off >> img.geo.cluster_bits, w.owned.n_clusters,
+                                  &released, &miss)
+        else:
+            st = Q2_OK
+        if st != Q2_MISS:
+            remove_inflight(img, &w.owned)
+        pthread_rwlock_unlock(&img.meta)
+        if st != Q2_MISS:
+            room_wake(img)
+            return outcome if outcome != Q2_OK else st
+        st = load_slice(img, miss)
+        if st != Q2_OK:
+            # Cannot load what it takes to finish: the clusters leak, nothing is corrupt.
+            pthread_rwlock_wrlock(&img.meta)
+            remove_inflight(img, &w.owned)
+            pthread_rwlock_unlock(&img.meta)
+            room_wake(img)
+            return outcome if outcome != Q2_OK else st
+
+
+cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                           q2_write *w) noexcept nogil:
+    cdef uint64_t miss = 0, turn = 0
+    cdef q2_status st
+    while True:
+        pthread_rwlock_wrlock(&img.meta)
+        st = plan_write(img, guest_off, nbytes, w, &miss)
+        if st == Q2_BUSY:
+            turn = room_enter(img)
+        pthread_rwlock_unlock(&img.meta)
+        if st == Q2_BUSY:
+            room_wait(img, turn)
+        elif st == Q2_MISS:
+            st = load_slice(img, miss)
+            if st != Q2_OK:
+                return st
+        else:
+            return st
+
+
+cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
+                                uint64_t guest_off, uint64_t *done) noexcept nogil:
+    cdef q2_write w
+    cdef q2_status st = begin_write(img, guest_off, nbytes, &w)
+    done[0] = 0
+    if st != Q2_OK or w.what == IN_PLACE:
+        return st
+    st = write_with_cow(
+        img, &w.cow, data, w.data_bytes,
+        w.host_off + (w.cow.head_off - (w.owned.first_cl << img.geo.cluster_bits)), w.fresh)
+    st = finish(img, &w, st)
+    if st == Q2_OK:
+        done[0] = w.data_bytes
+    return st
+
+
+cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbytes,
+                              uint64_t guest_off, uint32_t flags, bint *entered,
+                              uint32_t *parity, uint64_t *done) noexcept nogil:
+    """Writes the part of the request that leads it and needs no metadata; *done may be 0."""
+    cdef q2_plan plan
+    cdef uint64_t miss = 0
+    cdef int32_t i
+    cdef q2_status st
+    done[0] = 0
+    while True:
+        pthread_rwlock_rdlock(&img.meta)
+        st = Q2_OK
+        if not entered[0]:
+            st = enter_request(img, parity)
+            entered[0] = st == Q2_OK
+        if st == Q2_OK:
+            st = plan_range(img, guest_off, nbytes, True, &plan, &miss)
+        pthread_rwlock_unlock(&img.meta)
+        if st != Q2_MISS:
+            break
+        st = load_slice(img, miss)
+        if st != Q2_OK:
+            break
+    if st != Q2_OK:
+        return st
+    for i in range(plan.n):
+        if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place:
+            break
+        st = img.file.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
+                               plan.extent[i].host_off, flags)
+        if st != Q2_OK:
+            return st
+        done[0] += plan.extent[i].nbytes
+    return Q2_OK
+
+
+cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
+                           bint fua) noexcept nogil:
+    cdef const uint8_t *data = <const uint8_t *>buf
+    cdef bint durable = fua or img.durable
+    cdef uint32_t flags = WRITE_FUA if durable else 0
+    cdef uint64_t left = nbytes, done
+    cdef uint32_t parity = 0
+    cdef bint entered = False
+    cdef q2_status st = may_write(img)
+    while left and st == Q2_OK:
+        st = write_in_place(img, data, left, guest_off, flags, &entered, &parity, &done)
+        if st == Q2_OK and done == 0:
+            st = write_allocating(img, data, left, guest_off, &done)
+        data += done
+        guest_off += done
+        left -= done
+    if entered:
+        leave_request(img, parity)
+    if st == Q2_OK and durable:
+        st = flush_if_metadata_changed(img)
+    return st
+
+
+cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil:
+    cdef q2_write w
+    cdef uint64_t end = round_up(guest_off + nbytes, img.geo.cluster_size)
+    cdef uint64_t run
+    cdef uint32_t parity = 0
+    cdef q2_status st = may_write(img)
+    if st == Q2_OK:
+        st = begin_request(img, &parity)
+    if st != Q2_OK:
+        return st
+    while guest_off < end and st == Q2_OK:
+        st = begin_write(img, guest_off, end - guest_off, &w)
+        if st != Q2_OK:
+            break
+        if w.what == IN_PLACE:
+            guest_off += img.geo.cluster_size
+            continue
+        run = w.owned.n_clusters << img.geo.cluster_bits
+        if not w.fresh:
+            st = img.file.zero_range(Q2_SITE_PREALLOCATE, w.host_off, run, 0)
+        else:
+            # The file must reach as far as its mappings say, or check calls them corrupt. A write
+            # at the end cannot cut off what others append meanwhile, as a truncate could.
+            st = img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), 512, w.host_off + run - 512,
+                                   WRITE_DEFERRED)
+        st = finish(img, &w, st)
+        guest_off += run
+    leave_request(img, parity)
+    return st
+
+
+cdef q2_status plan_encoded(ImageState img, uint64_t guest_cl, uint32_t stream_bytes, q2_write *w,
+                            uint64_t *miss) noexcept nogil:
+    """meta, exclusive."""
+    cdef uint64_t left = 0
+    cdef uint8_t *at = NULL
+    cdef q2_slot *slot = NULL
+    cdef q2_status st
+    if overlaps_inflight(img, guest_cl, 1):
+        return Q2_BUSY
+    st = ensure_l2_table(img, guest_cl, miss)
+    if st == Q2_OK:
+        st = find_entry(img, guest_cl, &slot, &at, &left, miss)
+    if st == Q2_OK:
+        st = alloc_packed(img, stream_bytes, &w.host_off, miss)
+    if st == Q2_OK:
+        w.owned.first_cl = guest_cl
+        w.owned.n_clusters = 1
+        add_inflight(img, &w.owned)
+    return st
+
+
+cdef q2_status finish_encoded(ImageState img, q2_write *w, uint32_t stream_bytes,
+                              q2_status outcome) noexcept nogil:
+    cdef uint32_t cbits = img.geo.cluster_bits
+    cdef uint64_t first = w.host_off >> cbits
+    cdef uint64_t last = (w.host_off + stream_bytes - 1) >> cbits
+    cdef uint64_t miss = 0, released = 0, left = 0
+    cdef uint8_t *at = NULL
+    cdef q2_slot *slot = NULL
+    cdef q2_l2e old
+    cdef q2_status st
+    while True:
+        pthread_rwlock_wrlock(&img.meta)
+        if outcome == Q2_OK:
+            st = find_entry(img, w.owned.first_cl, &slot, &at, &left, &miss)
+            if st == Q2_OK:
+                old = load_l2e(&img.geo, at)
+                store_l2e(&img.geo, at, compressed_l2e(&img.geo, w.host_off, stream_bytes))
+                st = entry_changed(img, slot, at)
+                if st == Q2_OK:
+                    st = cache_after(&img.l2, slot, RANK_DATA, q2_load(&img.file.write_seq))
+                if st == Q2_OK:
+                    st = drop_entry(img, old)
+        else:
+            st = release_unlinked(img, first, last - first + 1, &released, &miss)
+        if st != Q2_MISS:
+            remove_inflight(img, &w.owned)
+        pthread_rwlock_unlock(&img.meta)
+        if st != Q2_MISS:
+            break
+        st = load_slice(img, miss)
+        if st != Q2_OK:
+            pthread_rwlock_wrlock(&img.meta)
+            remove_inflight(img, &w.owned)
+            pthread_rwlock_unlock(&img.meta)
+            break
+    room_wake(img)
+    return outcome if outcome != Q2_OK else st
+
+
+cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t stream_bytes,
+                             uint64_t guest_off) noexcept nogil:
+    cdef q2_write w
+    cdef uint64_t guest_cl = guest_off >> img.geo.cluster_bits
+    cdef uint64_t miss = 0, turn = 0
+    cdef uint32_t parity = 0
+    cdef q2_status st = may_write(img)
+    if st == Q2_OK:
+        st = begin_request(img, &parity)
+    if st != Q2_OK:
+        return st
+    while st == Q2_OK:
+        pthread_rwlock_wrlock(&img.meta)
+        st = plan_encoded(img, guest_cl, stream_bytes, &w, &miss)
+        if st == Q2_BUSY:
+            turn = room_enter(img)
+        pthread_rwlock_unlock(&img.meta)
+        if st == Q2_BUSY:
+            room_wait(img, turn)
+            st = Q2_OK
+        elif st == Q2_MISS:
+            st = load_slice(img, miss)
+        else:
+            break
+    if st == Q2_OK:
+        st = img.file.write_at(Q2_SITE_COMPRESSED_WRITE, stream, stream_bytes, w.host_off,
+                               WRITE_DEFERRED)
+        st = finish_encoded(img, &w, stream_bytes, st)
+    leave_request(img, parity)
+    return st

@@ -1,0 +1,531 @@
+"""Image: the object that users hold."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from qcow2x import backing as _backing
+from qcow2x._core.header import Header
+from qcow2x._core.image import CoreImage
+from qcow2x.errors import CorruptImage, UnsupportedFeature
+from qcow2x.storage import FileStorage, Storage, open_storage
+from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from qcow2x.backing import ReferencePolicy
+    from qcow2x.storage import Source
+
+# Kinds of runs, as in include/qcow2x/plan.h.
+_UNALLOCATED, _DATA, _ZERO, _COMPRESSED = range(4)
+
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+
+
+def open(
+    source: Source,
+    mode: str = "r",
+    *,
+    references: ReferencePolicy = "deny",
+    cache: str = "writeback",
+    snapshot: str | None = None,
+    key: object = None,
+    lock: bool = True,
+    l2_cache_size: int | None = None,
+    backing: Source | bool | None = None,
+    data_file: Source | None = None,
+) -> Image:
+    """Opens a qcow2 image.
+
+    ``source`` is a path, a file descriptor (duplicated), a ``Storage`` or a Python object with
+    ``size()`` and ``pread(length, offset)`` (and ``pwrite``, ``flush``, ``truncate`` to write).
+    ``mode`` is ``"r"`` or ``"r+"``.
+
+    ``references`` says what happens to a name found inside the image: ``"deny"`` (the default)
+    refuses it with ReferenceDenied, ``"follow"`` opens it, a callable gets a
+    :class:`~qcow2x.types.Reference` and returns the source to use, or None to refuse. ``backing``
+    gives the backing file outright: a source (read in the format that the image names) or an open
+    Image; ``False`` opens the image without one, and a read that would need it raises.
+
+    ``cache`` is one of QEMU's modes: ``writeback`` (durable at flush), ``none`` (the same past the
+    host's page cache), ``writethrough`` and ``directsync`` (durable at return, the latter past the
+    page cache), ``unsafe`` (flush is ignored: only to build what is synced otherwise).
+    ``l2_cache_size`` bounds the mapping cache in bytes (default 32 MiB: 256 GiB at 64 KiB
+    clusters).
+
+    ``lock`` takes part in QEMU's image locking (see :mod:`qcow2x.locking`): ImageLocked if another
+    program has the image open in a way that excludes this one.
+
+    Raises FormatError for what is not a valid image, UnsupportedFeature for what it needs and is
+    not supported, CorruptImage, ReferenceDenied, OSError. Nothing stays open after a failure.
+    """
+    if mode not in ("r", "r+"):
+        raise ValueError(f'mode must be "r" or "r+", not {mode!r}')
+    if snapshot is not None:
+        raise UnsupportedFeature(
+            "internal snapshots cannot be opened", features=("internal snapshots",)
+        )
+    if data_file is not None:
+        raise UnsupportedFeature(
+            "external data files are not supported", features=("external data file",)
+        )
+    return _Opener(references, cache, l2_cache_size, lock).open(source, mode == "r+", backing, key)
+
+
+class _Opener:
+    """One call of open(): the policy, and the layers it meets."""
+
+    def __init__(
+        self, references: ReferencePolicy, cache: str, l2_cache_size: int | None, lock: bool
+    ) -> None:
+        self.references = references
+        self.cache = cache
+        self.l2_cache_size = l2_cache_size
+        self.lock = lock
+        self.chain = _backing.Chain()
+
+    def open(
+        self, source: Source, writable: bool, backing: Source | bool | None, key: object
+    ) -> Image:
+        # The layers are opened from the top down and stacked from the bottom up, in a loop: a
+        # chain of a thousand must not need a thousand Python frames.
+        layers: list[tuple[Storage, Header, bool]] = []
+        bottom: Storage | None = None
+        mine: list[Storage] = []
+        try:
+            while True:
+                top = not layers
+                storage, owned = self._storage(source, writable and top)
+                if owned:
+                    mine.append(storage)
+                self.chain.enter(storage)
+                header = _load_header(storage)
+                _refuse_unsupported(header, storage.name, writable and top, key if top else None)
+                layers.append((storage, header, owned))
+                if header.backing_file is None:
+                    break
+                reference = _backing.reference_to(
+                    "backing", header.backing_file, header.backing_format, storage.name
+                )
+                given = backing if top else None
+                if given is False:
+                    bottom = open_storage(_backing.Withheld(reference))
+                    break
+                if given is None or given is True:
+                    source = _backing.resolve(reference, self.references)
+                else:
+                    source = given
+                if isinstance(source, CoreImage):
+                    bottom = source
+                    break
+                if _backing.check_format(reference) == "raw":
+                    bottom, owned = self._storage(source, False)
+                    if owned:
+                        mine.append(bottom)
+                    self.chain.enter(bottom)
+                    break
+            if backing not in (None, False, True) and layers[0][1].backing_file is None:
+                raise ValueError(f"{layers[0][0].name}: backing= given, but it has no backing file")
+            image: Image | None = None
+            while layers:
+                storage, header, _ = layers.pop()
+                below = image if image is not None else bottom
+                image = Image(
+                    storage,
+                    header,
+                    backing=below,
+                    l2_cache_size=self.l2_cache_size,
+                    writable=writable and not layers,
+                )
+            assert image is not None
+            image._own(mine)
+            mine = []
+            image._begin(self.lock)
+            return image
+        finally:
+            for storage in mine:
+                storage.close()
+
+    def _storage(self, source: Source, writable: bool) -> tuple[Storage, bool]:
+        """The storage of a layer and whether it is ours to close."""
+        cache = self.cache if writable else _backing.layer_cache(self.cache)
+        storage = open_storage(source, writable=writable, cache=cache)
+        return storage, storage is not source
+
+
+def _load_header(storage: Storage) -> Header:
+    size = storage.size() if not isinstance(storage, CoreImage) else storage.size
+    return Header.load(storage.pread, cast(int, size), storage.name)
+
+
+def _refuse_unsupported(header: Header, name: str, writable: bool, key: object) -> None:
+    header.require_supported(name)
+    needs = []
+    if header.encryption is not None:
+        needs.append(f"{header.encryption} encryption")
+    if header.has_data_file:
+        needs.append("external data file")
+    if needs:
+        raise UnsupportedFeature(
+            f"{name}: the image needs what is not supported yet: {', '.join(needs)}",
+            features=tuple(needs),
+        )
+    if key is not None:
+        raise ValueError(f"{name}: a key was given, but the image is not encrypted")
+    if writable and header.corrupt:
+        raise _corrupt(name, "is marked corrupt and can only be read; repair it first")
+    if writable and header.dirty:
+        raise _corrupt(
+            name, "was not closed and its refcounts may be stale; repair it before writing"
+        )
+
+
+def _corrupt(name: str, what: str) -> CorruptImage:
+    exc = CorruptImage(f"{name}: {what}")
+    exc.path = name
+    return exc
+
+
+class Image(CoreImage):
+    """An open image. Made by :func:`qcow2x.open`; a context manager.
+
+    Any number of threads may use one image at once. Offsets and lengths are bytes of the guest
+    disk; positional calls move no cursor. The reading and writing methods are those of
+    :class:`qcow2x._core.image.CoreImage`.
+    """
+
+    _owned: tuple[Storage, ...] = ()
+    _lock: Any = None
+
+    def _own(self, storages: list[Storage]) -> None:
+        self._owned = tuple(storages)
+
+    def _begin(self, lock: bool) -> None:
+        if self.writable:
+            self._clear_autoclear()
+
+    # ---- Looking ----
+
+    def info(self) -> ImageInfo:
+        """What ``qemu-img info`` tells, typed. Reads nothing that is not in memory."""
+        header = self._header
+        backing_file = header.backing_file
+        full = None
+        if backing_file is not None:
+            full = _backing.reference_to("backing", backing_file, None, self.name).path
+        return ImageInfo(
+            filename=self.name,
+            format="qcow2",
+            virtual_size=self.size,
+            actual_size=_host_bytes(self._file),
+            cluster_size=self.cluster_size,
+            compat=header.compat,
+            compression_type=header.compression_type,
+            lazy_refcounts=header.lazy_refcounts,
+            refcount_bits=header.refcount_bits,
+            corrupt=header.corrupt,
+            extended_l2=header.extended_l2,
+            dirty=header.dirty,
+            backing_filename=backing_file,
+            full_backing_filename=full if full is not None else backing_file,
+            backing_format=header.backing_format,
+            data_file=header.data_file,
+            data_file_raw=header.data_file_raw,
+            encryption=header.encryption,
+            snapshot_count=header.nb_snapshots,
+        )
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """The runs that the disk from ``offset`` on is made of, in order, through the whole chain.
+
+        Neighbouring runs that continue each other are one. The image may change meanwhile; each
+        run was true when it was looked up. Raises ValueError for a range outside the disk,
+        CorruptImage for damaged tables.
+        """
+        end = self.size if length is None else offset + length
+        if offset < 0 or end < offset or end > self.size:
+            raise ValueError(f"{self.name}: extents of a range outside the disk")
+        return _merged(self._runs(offset, end, 0))
+
+    def _runs(self, offset: int, end: int, depth: int) -> Iterator[Extent]:
+        below = self._backing
+        while offset < end:
+            for start, nbytes, kind, host in self._plan(offset, end - offset):
+                if kind == _UNALLOCATED:
+                    if below is None:
+                        yield Extent(start, nbytes, False, True, False, depth, None, None)
+                    else:
+                        yield from _runs_below(below, start, start + nbytes, depth + 1)
+                else:
+                    yield Extent(
+                        start,
+                        nbytes,
+                        kind != _ZERO,
+                        kind == _ZERO,
+                        kind == _COMPRESSED,
+                        depth,
+                        host if host and kind != _COMPRESSED else None,
+                        self.name,
+                    )
+                offset = start + nbytes
+
+    @property
+    def backing(self) -> Storage | None:
+        """The layer below: an Image, a Storage holding a raw disk, or None."""
+        return self._backing
+
+    @property
+    def backing_chain(self) -> list[Storage]:
+        """This image and every layer below it, from the top down."""
+        chain: list[Storage] = [self]
+        while isinstance(chain[-1], Image) and chain[-1]._backing is not None:
+            chain.append(chain[-1]._backing)
+        return chain
+
+    def stats(self) -> Stats:
+        """Counters since the image was opened, and what its caches hold now. Takes no lock."""
+        return Stats(*self._counters())
+
+    def check(
+        self, *, repair: str | None = None, progress: Progress | None = None
+    ) -> CheckResult:
+        """Checks every table of the image against every other; ``repair="leaks"`` lowers the
+        refcounts of clusters that nothing uses.
+
+        Flushes first. Nothing else should write meanwhile; a repair needs mode ``"r+"`` and the
+        image to itself. Findings come back, they do not raise. Raises Cancelled if ``progress``
+        returned False, StorageError where the file cannot be read.
+        """
+        from qcow2x._core.check import check_storage
+
+        if repair not in (None, "leaks"):
+            raise ValueError(f'repair must be None or "leaks", not {repair!r}')
+        if repair is not None and not self.writable:
+            raise PermissionError(f"{self.name}: repair needs an image opened with mode 'r+'")
+        self.flush()
+        # What the last flush set free lowers refcounts in memory; a second one writes them.
+        self.flush()
+        result = check_storage(self._file, self._reread_header(), repair=repair, progress=progress)
+        if repair is not None:
+            self._forget_refcounts()
+        return cast(CheckResult, result)
+
+    def _reread_header(self) -> Header:
+        return _load_header(self._file)
+
+    # ---- Changing ----
+
+    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+        """Makes the disk ``size`` bytes long (a multiple of 512), durably at return.
+
+        What is new reads as zeros. Shrinking needs ``shrink=True`` and loses what lies past the new
+        end. ``preallocation`` of the new part: ``off``, ``metadata`` (mapped, no host blocks),
+        ``falloc`` (host blocks reserved) or ``full`` (written).
+        """
+        if preallocation not in PREALLOCATIONS:
+            raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
+        old = self.size
+        if size % 512:
+            raise ValueError(f"{self.name}: the size {size} is not a multiple of 512")
+        if size < old:
+            if not shrink:
+                raise ValueError(
+                    f"{self.name}: shrinking from {old} to {size} bytes loses data; "
+                    "pass shrink=True if that is meant"
+                )
+            if preallocation != "off":
+                raise ValueError("preallocation makes no sense when shrinking")
+        if self._header.nb_snapshots and (size < old or self._header.version < 3):
+            raise UnsupportedFeature(
+                f"{self.name}: cannot shrink, or resize a version 2 image, with internal snapshots",
+                features=("resize with snapshots",),
+            )
+        self._resize(size)
+        if preallocation != "off" and size > old:
+            self._preallocate(preallocation, old)
+
+    def _preallocate(self, mode: str, offset: int = 0) -> None:
+        """Gives every cluster from ``offset`` on a host cluster; see resize()."""
+        end = self.size
+        self._allocate(offset, end - offset)
+        if mode == "metadata":
+            self.flush()
+            return
+        blank = bytes(1 << 20)
+        cluster = self.cluster_size
+        for extent in self.extents(offset, end - offset):
+            if extent.host_offset is None:
+                continue
+            # The last cluster is a whole one in the file, also where the disk ends inside it.
+            nbytes = -(-extent.length // cluster) * cluster
+            if mode == "falloc":
+                self._file.reserve(extent.host_offset, nbytes)
+                continue
+            # Before anything was written to it the new part is all zeros: writing zeros over it
+            # changes no byte.
+            for at in range(0, nbytes, len(blank)):
+                piece = blank[: nbytes - at]
+                self._file.pwrite(piece, extent.host_offset + at)
+        self.flush()
+
+    # ---- As a file ----
+
+    def as_file(self) -> io.RawIOBase:
+        """The guest disk as a raw binary file with a cursor of its own; closing it leaves the image
+        open. Wrap it in io.BufferedReader for many small reads."""
+        return DiskFile(self)
+
+    # ---- Closing ----
+
+    def close(self) -> None:
+        """Flushes, waits for requests under way and closes what open() opened. May be called more
+        than once. Raises what the flush raises; the image is closed even so."""
+        try:
+            self._shut()
+        finally:
+            owned, self._owned = self._owned, ()
+            for storage in owned:
+                storage.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Data first, as with Python's own files; but rely on close(), not on this.
+        if self._owned and self.writable and not self.closed:
+            warnings.warn(f"unclosed image {self.name!r}", ResourceWarning, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "r+" if self.writable else "r"
+        return f"<qcow2x.Image {self.name!r} {state} {self.size} bytes>"
+
+
+def _host_bytes(storage: Storage) -> int | None:
+    if isinstance(storage, FileStorage):
+        return os.fstat(storage.fileno()).st_blocks * 512
+    return None
+
+
+def _merged(runs: Iterator[Extent]) -> Iterator[Extent]:
+    last: Extent | None = None
+    for run in runs:
+        if last is not None and _continues(last, run):
+            last = last._replace(length=last.length + run.length)
+            continue
+        if last is not None:
+            yield last
+        last = run
+    if last is not None:
+        yield last
+
+
+def _continues(last: Extent, run: Extent) -> bool:
+    if (last.host_offset is None) != (run.host_offset is None):
+        return False
+    if last.host_offset is not None and last.host_offset + last.length != run.host_offset:
+        return False
+    return last[2:6] == run[2:6] and last.filename == run.filename
+
+
+def _runs_below(below: Storage, offset: int, end: int, depth: int) -> Iterator[Extent]:
+    """The same of a backing layer, which may end before the disk above it does."""
+    stop = min(end, below.size if isinstance(below, Image) else below.size())
+    if offset < stop:
+        if isinstance(below, Image):
+            yield from below._runs(offset, stop, depth)
+        else:
+            yield from _raw_runs(below, offset, stop, depth)
+    if stop < end:
+        start = max(offset, stop)
+        yield Extent(start, end - start, False, True, False, depth, None, None)
+
+
+def _raw_runs(below: Storage, offset: int, end: int, depth: int) -> Iterator[Extent]:
+    while offset < end:
+        nbytes, kind = below.extent(offset, end - offset)
+        data = kind == "data"
+        yield Extent(offset, nbytes, data, not data, False, depth, offset, below.name)
+        offset += nbytes
+
+
+class DiskFile(io.RawIOBase):
+    """The guest disk of an image with a cursor. Not for several threads at once."""
+
+    def __init__(self, image: Image) -> None:
+        super().__init__()
+        self._image = image
+        self._at = 0
+
+    @property
+    def name(self) -> str:
+        return self._image.name
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return self._image.writable
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._check_open()
+        n = self._image.preadinto(buffer, self._at)
+        self._at += n
+        return n
+
+    def readall(self) -> bytes:
+        self._check_open()
+        data = self._image.pread(max(0, self._image.size - self._at), self._at)
+        self._at += len(data)
+        return data
+
+    def write(self, data: Any) -> int:
+        self._check_open()
+        if not self.writable():
+            raise io.UnsupportedOperation("the image is open read-only")
+        with memoryview(data).cast("B") as view:
+            # A disk has an end: what fits is written, as on a block device.
+            room = max(0, self._image.size - self._at)
+            if view.nbytes and not room:
+                raise OSError(28, f"{self.name}: the end of the disk")
+            n = self._image.pwrite(view[:room], self._at)
+        self._at += n
+        return n
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._check_open()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._image.size}
+        if whence not in base:
+            raise ValueError(f"whence {whence} is not supported")
+        if base[whence] + offset < 0:
+            raise ValueError("the position would be negative")
+        self._at = base[whence] + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self.seek(0, io.SEEK_CUR)
+
+    def flush(self) -> None:
+        if not self.closed and self.writable():
+            self._image.flush()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
