@@ -78,7 +78,7 @@ def check_format(reference: Reference) -> str:
     if reference.format is None:
         raise FormatError(
             f"{reference.referrer}: names the backing file {reference.name!r} without a format, "
-            "and none is guessed; pass backing=qcow2x.open(...) for qcow2, or a Storage for raw"
+            'and none is guessed; pass backing=qcow2x.open(...) for qcow2, or a Storage for raw'
         )
     if reference.format not in FORMATS:
         raise UnsupportedFeature(
@@ -129,7 +129,8 @@ class Withheld:
         self.reference = reference
 
     def size(self) -> int:
-        return (1 << 63) - 1
+        # The largest a storage may say it is, in whole sectors: no read is ever past its end.
+        return (1 << 63) - 512
 
     def pread(self, length: int, offset: int) -> bytes:
         raise _denied(self.reference, "the image was opened with backing=False")
