@@ -78,7 +78,7 @@ def check_format(reference: Reference) -> str:
     if reference.format is None:
         raise FormatError(
             f"{reference.referrer}: names the backing file {reference.name!r} without a format, "
-            'and none is guessed; pass backing=qcow2x.open(...) for qcow2, or a Storage for raw'
+            "and none is guessed; pass backing=qcow2x.open(...) for qcow2, or a Storage for raw"
         )
     if reference.format not in FORMATS:
         raise UnsupportedFeature(

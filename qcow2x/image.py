@@ -13,6 +13,7 @@ from qcow2x import backing as _backing
 from qcow2x._core.header import Header
 from qcow2x._core.image import CoreImage
 from qcow2x.errors import CorruptImage, UnsupportedFeature
+from qcow2x.locking import ImageLock, lock_image
 from qcow2x.storage import FileStorage, Storage, open_storage
 from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
 
@@ -88,6 +89,7 @@ class _Opener:
         self.cache = cache
         self.l2_cache_size = l2_cache_size
         self.lock = lock
+        self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
     def open(
@@ -104,6 +106,7 @@ class _Opener:
                 storage, owned = self._storage(source, writable and top)
                 if owned:
                     mine.append(storage)
+                self._take_lock(storage, writable and top)
                 self.chain.enter(storage)
                 header = _load_header(storage)
                 _refuse_unsupported(header, storage.name, writable and top, key if top else None)
@@ -128,6 +131,7 @@ class _Opener:
                     bottom, owned = self._storage(source, False)
                     if owned:
                         mine.append(bottom)
+                    self._take_lock(bottom, False)
                     self.chain.enter(bottom)
                     break
             if backing not in (None, False, True) and layers[0][1].backing_file is None:
@@ -144,13 +148,20 @@ class _Opener:
                     writable=writable and not layers,
                 )
             assert image is not None
-            image._own(mine)
-            mine = []
-            image._begin(self.lock)
+            image._own(mine, self.locks)
+            mine, self.locks = [], []
             return image
         finally:
+            for lock in self.locks:
+                lock.release()
             for storage in mine:
                 storage.close()
+
+    def _take_lock(self, storage: Storage, writable: bool) -> None:
+        if self.lock:
+            taken = lock_image(storage, writable)
+            if taken is not None:
+                self.locks.append(taken)
 
     def _storage(self, source: Source, writable: bool) -> tuple[Storage, bool]:
         """The storage of a layer and whether it is ours to close."""
@@ -201,14 +212,13 @@ class Image(CoreImage):
     """
 
     _owned: tuple[Storage, ...] = ()
-    _lock: Any = None
+    _locks: tuple[ImageLock, ...] = ()
 
-    def _own(self, storages: list[Storage]) -> None:
-        self._owned = tuple(storages)
-
-    def _begin(self, lock: bool) -> None:
+    def _own(self, storages: list[Storage], locks: list[ImageLock]) -> None:
+        """What close() has to close and to release."""
         if self.writable:
             self._clear_autoclear()
+        self._owned, self._locks = tuple(storages), tuple(locks)
 
     # ---- Looking ----
 
@@ -292,9 +302,7 @@ class Image(CoreImage):
         """Counters since the image was opened, and what its caches hold now. Takes no lock."""
         return Stats(*self._counters())
 
-    def check(
-        self, *, repair: str | None = None, progress: Progress | None = None
-    ) -> CheckResult:
+    def check(self, *, repair: str | None = None, progress: Progress | None = None) -> CheckResult:
         """Checks every table of the image against every other; ``repair="leaks"`` lowers the
         refcounts of clusters that nothing uses.
 
@@ -389,7 +397,10 @@ class Image(CoreImage):
         try:
             self._shut()
         finally:
+            locks, self._locks = self._locks, ()
             owned, self._owned = self._owned, ()
+            for lock in locks:
+                lock.release()
             for storage in owned:
                 storage.close()
 
