@@ -129,7 +129,8 @@ class Withheld:
         self.reference = reference
 
     def size(self) -> int:
-        return (1 << 63) - 1
+        # The largest a storage may say it is, in whole sectors: no read is ever past its end.
+        return (1 << 63) - 512
 
     def pread(self, length: int, offset: int) -> bytes:
         raise _denied(self.reference, "the image was opened with backing=False")

@@ -473,7 +473,8 @@ def _layer_run(
         runs.append((below, at, stop))
     if max(at, stop) < at + nbytes:
         start = max(at, stop)
-        runs.append(Extent(start, at + nbytes - start, False, True, False, below, None, None))
+        # It is the layer above that reads as zeros past the end of a short one.
+        runs.append(Extent(start, at + nbytes - start, False, True, False, depth, None, None))
     return runs
 
 

@@ -1,0 +1,1 @@
+"""The ``qcow2x`` command, one file per subcommand. Import nothing here: start-up time counts."""

@@ -1,0 +1,112 @@
+"""``qcow2x map``: which parts of a disk are stored, in which file of the chain, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qcow2x.cli.options import (
+    FORMAT,
+    OUTPUT,
+    SHARE,
+    Option,
+    image_size,
+    one_file,
+    output_format,
+    parse,
+)
+from qcow2x.types import Extent
+
+OPTIONS = (
+    FORMAT,
+    Option("s", "start-offset", "OFFSET", "begin at this byte of the disk"),
+    Option("l", "max-length", "LENGTH", "stop after this many bytes"),
+    OUTPUT,
+    SHARE,
+)
+USAGE = "[-f FMT] [-s OFFSET] [-l LENGTH] [--output=human|json] [-U] FILE"
+
+
+def main(argv: list[str]) -> int:
+    from qcow2x.ops.disk import open_disk
+
+    parsed = parse("map", USAGE, OPTIONS, argv)
+    style = output_format(parsed)
+    path = one_file(parsed)
+    start = image_size(parsed.value("start-offset") or "0", "start offset")
+    length = parsed.value("max-length")
+    limit = None if length is None else image_size(length, "max length")
+    lock = not parsed.flag("force-share")
+    disk, _ = open_disk(path, parsed.value("format"), references="follow", lock=lock)
+    try:
+        if start > disk.size:
+            limit = 0
+        runs = merge(disk.extents(start, limit)) if limit != 0 else iter(())
+        if style == "json":
+            _print_json(runs, start)
+        else:
+            _print_human(runs)
+    finally:
+        disk.close()
+    return 0
+
+
+def merge(extents: Iterator[Extent]) -> Iterator[Extent]:
+    """Join neighbours that differ in nothing but where they start."""
+    run: Extent | None = None
+    for extent in extents:
+        if run is not None and _continues(run, extent):
+            run = run._replace(length=run.length + extent.length)
+            continue
+        if run is not None:
+            yield run
+        run = extent
+    if run is not None:
+        yield run
+
+
+def _continues(run: Extent, extent: Extent) -> bool:
+    offset = None if run.host_offset is None else run.host_offset + run.length
+    return (
+        extent.host_offset == offset
+        and extent.filename == run.filename
+        and (extent.data, extent.zero, extent.compressed, extent.depth)
+        == (run.data, run.zero, run.compressed, run.depth)
+    )
+
+
+def _print_json(runs: Iterator[Extent], start: int) -> None:
+    separator = "["
+    for run in runs:
+        offset = "" if run.host_offset is None else f', "offset": {run.host_offset}'
+        print(
+            f'{separator}{{ "start": {run.offset}, "length": {run.length}, "depth": {run.depth}, '
+            f'"present": {_json(run.allocated)}, "zero": {_json(run.zero)}, '
+            f'"data": {_json(run.data)}, "compressed": {_json(run.compressed)}{offset}}}',
+            end="",
+        )
+        separator = ",\n"
+    if separator == "[":
+        print(
+            f'[{{ "start": {start}, "length": 0, "depth": 0, "present": false, "zero": false, '
+            '"data": false, "compressed": false}',
+            end="",
+        )
+    print("]")
+
+
+def _json(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _print_human(runs: Iterator[Extent]) -> None:
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for run in runs:
+        if run.data and run.host_offset is None:
+            raise ValueError("File contains external, encrypted or compressed clusters.")
+        if run.data and not run.zero:
+            place = run.host_offset or 0
+            print(f"{_hex(run.offset):<16}{_hex(run.length):<16}{_hex(place):<16}{run.filename}")
+
+
+def _hex(value: int) -> str:
+    return hex(value) if value else "0"

@@ -1,0 +1,184 @@
+"""Command lines as qemu-img reads them: GNU options anywhere, sizes with suffixes, ``-o k=v,...``."""
+
+from __future__ import annotations
+
+import getopt
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"(?:0x([0-9a-f]+)|(\d+)(\.\d*)?([bkmgtpe]?))", re.IGNORECASE)
+_MAX_SIZE = (1 << 63) - 1
+
+
+class UsageError(Exception):
+    """The command line is wrong; printed as one line with a hint at ``--help``."""
+
+
+class Option(NamedTuple):
+    """One option of a command; ``metavar`` is None for a flag."""
+
+    short: str
+    long: str
+    metavar: str | None
+    help: str
+
+    @property
+    def key(self) -> str:
+        return self.long or self.short
+
+
+class Parsed:
+    """The options that were given, by long name, and the remaining arguments."""
+
+    def __init__(self, given: dict[str, list[str]], args: list[str]) -> None:
+        self._given = given
+        self.args = args
+
+    def flag(self, key: str) -> bool:
+        return key in self._given
+
+    def value(self, key: str, default: str | None = None) -> str | None:
+        """The last value given for *key*: later options win."""
+        return self._given[key][-1] if key in self._given else default
+
+    def values(self, key: str) -> list[str]:
+        return self._given.get(key, [])
+
+
+# Options that several commands share.
+QUIET = Option("q", "quiet", None, "print nothing but errors")
+PROGRESS = Option("p", "progress", None, "show a progress bar")
+FORMAT = Option("f", "format", "FMT", "format of the image: qcow2 or raw (default: look)")
+OUTPUT = Option("", "output", "FMT", "human (default) or json")
+SHARE = Option("U", "force-share", None, "open also what another process is writing")
+CREATE_OPTIONS = Option(
+    "o", "options", "OPTS", "comma separated name=value list; 'help' lists them"
+)
+
+
+def parse(command: str, usage: str, options: Sequence[Option], argv: Sequence[str]) -> Parsed:
+    """Read *argv*; raises UsageError, or SystemExit after printing the help."""
+    shorts = "h" + "".join(o.short + (":" if o.metavar else "") for o in options if o.short)
+    longs = ["help"] + [o.long + ("=" if o.metavar else "") for o in options if o.long]
+    by_name = {f"-{o.short}": o.key for o in options if o.short}
+    by_name.update({f"--{o.long}": o.key for o in options if o.long})
+    try:
+        pairs, args = getopt.gnu_getopt(list(argv), shorts, longs)
+    except getopt.GetoptError as exc:
+        raise UsageError(str(exc)) from None
+    given: dict[str, list[str]] = {}
+    for name, value in pairs:
+        if name in ("-h", "--help"):
+            print(_help(command, usage, options))
+            sys.exit(0)
+        given.setdefault(by_name[name], []).append(value)
+    return Parsed(given, args)
+
+
+def _help(command: str, usage: str, options: Sequence[Option]) -> str:
+    rows = []
+    for option in options:
+        names = [f"-{option.short}"] if option.short else []
+        if option.long:
+            names.append(f"--{option.long}")
+        left = ", ".join(names) + (f" {option.metavar}" if option.metavar else "")
+        rows.append(f"  {left:<30}{option.help}")
+    return "\n".join([f"usage: qcow2x {command} {usage}", "", "options:", *rows])
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size like ``64k``, ``1.5G`` or ``0x200``; None when it is none, or is too large."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    hexadecimal, whole, fraction, suffix = match.groups()
+    if hexadecimal is not None:
+        return min(int(hexadecimal, 16), _MAX_SIZE + 1)
+    shift = _SUFFIXES[suffix.lower()]
+    if fraction and not shift:
+        return None
+    value = int(whole) << shift
+    if fraction and len(fraction) > 1:
+        digits = fraction[1:]
+        value += (int(digits) * (1 << shift) + 10 ** len(digits) // 2) // 10 ** len(digits)
+    return min(value, _MAX_SIZE + 1)
+
+
+def image_size(text: str, what: str = "image size") -> int:
+    """A size in bytes from the command line; raises UsageError in qemu-img's words."""
+    value = parse_size(text)
+    if value is None:
+        raise UsageError(
+            f"Invalid {what} specified: '{text}'. You may use k, M, G, T, P or E suffixes for "
+            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        )
+    if value > _MAX_SIZE:
+        raise UsageError(f"Invalid {what} specified. Must be between 0 and {_MAX_SIZE}.")
+    return value
+
+
+def number(text: str | None, what: str, low: int, high: int, default: int) -> int:
+    """A plain number between *low* and *high*, or *default* for None."""
+    if text is None:
+        return default
+    try:
+        value = int(text, 0)
+    except ValueError:
+        raise UsageError(f"Invalid {what} specified: '{text}'") from None
+    if not low <= value <= high:
+        raise UsageError(f"Invalid {what} specified. Must be between {low} and {high}.")
+    return value
+
+
+def output_format(parsed: Parsed) -> str:
+    value = parsed.value("output", "human") or ""
+    if value not in ("human", "json"):
+        raise UsageError("--output must be used with human or json as argument.")
+    return value
+
+
+def one_file(parsed: Parsed) -> str:
+    if len(parsed.args) != 1:
+        raise UsageError("Expecting one image file name")
+    return parsed.args[0]
+
+
+def split_options(lists: Sequence[str]) -> dict[str, str]:
+    """The name=value pairs of all ``-o`` arguments; ``,,`` stands for a comma in a value."""
+    pairs: dict[str, str] = {}
+    for text in lists:
+        for part in _split_commas(text):
+            name, equals, value = part.partition("=")
+            if not name:
+                raise UsageError(f"Invalid option list: {text}")
+            pairs[name] = value if equals else "on"
+    return pairs
+
+
+def _split_commas(text: str) -> list[str]:
+    parts, current, at = [], "", 0
+    while at < len(text):
+        if text.startswith(",,", at):
+            current += ","
+            at += 2
+        elif text[at] == ",":
+            parts.append(current)
+            current = ""
+            at += 1
+        else:
+            current += text[at]
+            at += 1
+    return [*parts, current]
+
+
+def wants_option_help(lists: Sequence[str]) -> bool:
+    return any(part in ("help", "?") for text in lists for part in _split_commas(text))
+
+
+def on_off(name: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
+    return text == "on"

@@ -1,0 +1,199 @@
+"""Any disk seen one way: raw ones, qcow2 images, and several in a row.
+
+What every operation needs of a source is small: ``size``, ``extents()``, ``preadinto()`` and
+``close()``, as :class:`qcow2x.Image` has them. This module gives the same to everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from qcow2x.types import Extent
+
+QCOW2_MAGIC = b"QFI\xfb"
+SECTOR = 512
+
+
+class Disk(Protocol):
+    """What operations read from."""
+
+    @property
+    def size(self) -> int: ...
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]: ...
+    def preadinto(self, buffer: Any, offset: int) -> int: ...
+    def close(self) -> None: ...
+
+
+class RawDisk:
+    """A raw disk: a file, block device, descriptor or storage object. Any thread may use it.
+
+    *source* is anything :func:`qcow2x.storage.open_storage` takes; an open storage stays open.
+    Raises OSError and ValueError.
+    """
+
+    format = "raw"
+
+    def __init__(self, source: Any, mode: str = "r", cache: str = "writeback") -> None:
+        from qcow2x.storage import Storage, open_storage
+
+        self._owned = not isinstance(source, Storage)
+        self._storage = open_storage(source, writable=mode == "r+", cache=cache)
+        self.name: str = self._storage.name
+
+    @property
+    def size(self) -> int:
+        """Size in bytes, asked afresh: a file may grow under its user."""
+        return int(self._storage.size())
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Runs of data and holes, as the file system tells them apart."""
+        end = self.size if length is None else min(self.size, offset + length)
+        while offset < end:
+            run, kind = self._storage.extent(offset, end - offset)
+            if kind == "end":
+                return
+            zero = kind == "zero"
+            yield Extent(offset, run, not zero, zero, False, 0, offset, self.name)
+            offset += run
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return bytes(self._storage.pread(length, offset))
+
+    def preadinto(self, buffer: Any, offset: int) -> int:
+        """Fill *buffer*; the count is short only at the end of the disk."""
+        return int(self._storage.preadinto(buffer, offset))
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        """Write all of *data*; raises ValueError past the end, which a write does not move."""
+        nbytes = memoryview(data).nbytes
+        if offset + nbytes > self.size:
+            raise ValueError(f"{self.name}: {nbytes} bytes at {offset} reach past the disk's end")
+        return int(self._storage.pwrite(data, offset))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make a range read as zeros, as a hole if *unmap*."""
+        self._storage.zero(offset, length, may_unmap=unmap)
+
+    def resize(self, size: int, *, shrink: bool = False, preallocation: str = "off") -> None:
+        """Set the size in bytes; what is added reads as zeros. A device keeps its own size."""
+        if preallocation not in ("off", "falloc", "full"):
+            raise ValueError(f"preallocation {preallocation!r} is none of off, falloc, full")
+        old = self.size
+        if size < old and not shrink:
+            raise ValueError(f"{self.name}: shrinking from {old} to {size} bytes needs shrink=True")
+        self._storage.truncate(size)
+        if size > old and preallocation == "falloc":
+            self._storage.reserve(old, size - old)
+        elif size > old and preallocation == "full":
+            blank = memoryview(bytes(min(size - old, 1 << 20)))
+            for at in range(old, size, 1 << 20):
+                self._storage.pwrite(blank[: size - at], at)
+
+    def flush(self) -> None:
+        """Everything written before is durable afterwards (nothing is done in mode unsafe)."""
+        self._storage.flush()
+
+    def close(self) -> None:
+        if self._owned:
+            self._storage.close()
+
+    def __enter__(self) -> RawDisk:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class ConcatDisk:
+    """Several disks one after another, each padded with zeros to a whole sector."""
+
+    format = "concat"
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self._parts: list[tuple[int, int, Any]] = []
+        at = 0
+        for part in parts:
+            padded = -(-part.size // SECTOR) * SECTOR
+            self._parts.append((at, padded, part))
+            at += padded
+        self._size = at
+        self.cluster_size = max(getattr(part, "cluster_size", SECTOR) for part in parts)
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        end = self._size if length is None else min(self._size, offset + length)
+        for start, padded, part in self._parts:
+            low, high = max(offset, start), min(end, start + padded)
+            if low >= high:
+                continue
+            covered = low
+            for run in part.extents(low - start, high - low):
+                covered = start + run.offset + run.length
+                yield run._replace(offset=start + run.offset)
+            if covered < high:
+                yield Extent(covered, high - covered, False, True, False, 0, None, None)
+
+    def preadinto(self, buffer: Any, offset: int) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(len(view), self._size - offset))
+        for start, padded, part in self._parts:
+            low, high = max(offset, start), min(offset + wanted, start + padded)
+            if low < high:
+                read_padded(part, view[low - offset : high - offset], low - start)
+        return wanted
+
+    def close(self) -> None:
+        for _, _, part in self._parts:
+            part.close()
+
+
+def read_padded(disk: Any, view: memoryview, offset: int) -> None:
+    """Fill *view* from *disk*; what lies past its end reads as zeros."""
+    from qcow2x._core.bulk import fill_zero
+
+    got = disk.preadinto(view, offset) if offset < disk.size else 0
+    if got < len(view):
+        fill_zero(view[got:])
+
+
+def is_disk(source: Any) -> bool:
+    """Whether *source* is an open image (or anything that reads like one)."""
+    return hasattr(source, "extents") and hasattr(source, "preadinto")
+
+
+def probe_format(source: Any) -> str:
+    """``"qcow2"`` or ``"raw"``, from the first four bytes of any source but an open image."""
+    with RawDisk(source) as raw:
+        return "qcow2" if raw.pread(4, 0) == QCOW2_MAGIC else "raw"
+
+
+def open_disk(
+    source: Any,
+    format: str | None = None,
+    *,
+    mode: str = "r",
+    cache: str = "writeback",
+    **options: Any,
+) -> tuple[Any, bool]:
+    """Open *source* as a disk; returns it and whether the caller has to close it.
+
+    *source* is an open image, a path, a descriptor or a storage object; *format* is ``"qcow2"``,
+    ``"raw"`` or None to look at the first bytes. *options* go to :func:`qcow2x.open`.
+    """
+    if is_disk(source):
+        return source, False
+    if format is None:
+        format = probe_format(source)
+    if format == "qcow2":
+        import qcow2x
+
+        return qcow2x.open(source, mode, cache=cache, **options), True
+    if format not in ("raw", "file"):
+        raise ValueError(f"Unknown driver '{format}'")
+    if options.get("snapshot") is not None:
+        raise ValueError("a raw disk has no snapshots")
+    return RawDisk(source, mode, cache), True
