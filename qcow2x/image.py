@@ -340,6 +340,8 @@ class Image(CoreImage):
     def _preallocate(self, mode: str, offset: int = 0) -> None:
         """Gives every cluster from ``offset`` on a host cluster; see resize()."""
         end = self.size
+        # A cluster that the old disk ended in holds old bytes: it stays as it is.
+        offset = min(end, -(-offset // self.cluster_size) * self.cluster_size)
         self._allocate(offset, end - offset)
         if mode == "metadata":
             self.flush()

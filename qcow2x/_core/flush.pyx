@@ -13,9 +13,13 @@ cdef q2_status flush_image(ImageState img) noexcept nogil:
     cdef q2_status st
     cdef uint64_t ticket = q2_add(&img.flush_tickets, 1)
     pthread_mutex_lock(&img.commit)
-    if img.closed:
+    if q2_load(&img.closed):
         pthread_mutex_unlock(&img.commit)
         return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+    if q2_load(&img.broken):
+        # Whatever a sync would say now, what failed before it is not on the disk.
+        pthread_mutex_unlock(&img.commit)
+        return fail(Q2_E_BROKEN, Q2_SITE_NONE, 0, b"an earlier metadata write failed")
     if img.flush_done >= ticket:
         # Whoever held the lock took our ticket along.
         pthread_mutex_unlock(&img.commit)

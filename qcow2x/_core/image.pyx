@@ -405,7 +405,7 @@ cdef class CoreImage(ImageState):
     @property
     def closed(self):
         """Whether close() was called."""
-        return bool(self._is_closed())
+        return q2_load(&self.closed) != 0
 
     @property
     def _header(self):
@@ -444,29 +444,24 @@ cdef class CoreImage(ImageState):
         pause.tv_nsec = 200_000
         with nogil:
             pthread_rwlock_wrlock(&self.meta)
-            was_closed = self.closed
-            self.closed = True
+            was_closed = q2_load(&self.closed) != 0
+            q2_store(&self.closed, 1)
             pthread_rwlock_unlock(&self.meta)
             if not was_closed:
                 # Requests end by themselves within an I/O; looking now and then costs nothing.
                 while q2_load(&self.active[0]) + q2_load(&self.active[1]) != 0:
                     nanosleep(&pause, NULL)
-                if not self.read_only and not q2_load(&self.broken):
+                if q2_load(&self.broken):
+                    st = fail(Q2_E_BROKEN, Q2_SITE_NONE, 0, b"an earlier metadata write failed")
+                elif not self.read_only:
                     st = flush_closing(self)
         if was_closed:
             return False
         check_status(st, self.name)
         return True
 
-    cdef bint _is_closed(self) noexcept nogil:
-        cdef bint closed
-        pthread_rwlock_rdlock(&self.meta)
-        closed = self.closed
-        pthread_rwlock_unlock(&self.meta)
-        return closed
-
     cdef q2_status _open_status(self) noexcept nogil:
-        if self._is_closed():
+        if q2_load(&self.closed):
             return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
         return Q2_OK
 

@@ -69,7 +69,6 @@ cdef class ImageState(Storage):
     cdef q2_runs dropped            # unmapped, but not yet durably so
     cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
     cdef uint64_t epoch
-    cdef bint closed
 
     # Atomic.
     cdef uint64_t active[2]         # requests that entered during an epoch of this parity
@@ -78,6 +77,7 @@ cdef class ImageState(Storage):
     cdef uint64_t meta_durable      # changes up to this one are durable
     cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
     cdef uint64_t table_seq         # the same after the last L2 table written
+    cdef uint64_t closed            # 1 from close() on; set under meta, exclusive
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far
 

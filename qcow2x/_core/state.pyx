@@ -44,7 +44,7 @@ cdef class ImageState(Storage):
 
 
 cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
-    if img.closed:
+    if q2_load(&img.closed):
         return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
     parity[0] = <uint32_t>(img.epoch & 1)
     q2_add(&img.active[parity[0]], 1)
