@@ -20,7 +20,7 @@ from cli_helpers import (
 )
 
 import qcow2x
-from qcow2x.errors import Cancelled
+from qcow2x.errors import Cancelled, ImageLocked
 from qcow2x.ops.convert import DATA, KEEP, ZERO, convert, plan_runs
 from qcow2x.types import Extent
 
@@ -282,6 +282,28 @@ def test_target_that_is_a_source_is_refused(raw: Path, tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
     with pytest.raises(ValueError, match="target is one of the files"):
         convert(top, base, references="follow")
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_files_in_use_elsewhere_are_left_alone(raw: Path, tmp_path: Path, format: str) -> None:
+    used = tmp_path / "used"
+    qemu_img("create", "-q", "-f", format, used, "4M")
+    with subprocess.Popen(
+        ["qemu-io", "-f", format, str(used)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as user:
+        assert user.stdin is not None and user.stdout is not None
+        # Its answer to a command shows that it has the image open.
+        user.stdin.write(b"length\n")
+        user.stdin.flush()
+        assert b"MiB" in user.stdout.readline()
+        with pytest.raises(ImageLocked):
+            convert(raw, used, dst_format=format)
+        with pytest.raises(ImageLocked):
+            convert(used, tmp_path / "copy", src_format=format)
+        convert(used, tmp_path / "copy", src_format=format, lock=False)
+        assert names(tmp_path) == {"disk.raw", "used", "copy"}
+        user.stdin.close()
+    convert(raw, used, dst_format=format)
 
 
 @pytest.mark.parametrize(

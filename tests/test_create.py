@@ -10,7 +10,7 @@ import pytest
 
 from qcow2x._core.header import Header
 from qcow2x._core.storage import FileStorage
-from qcow2x.errors import FormatError, NoSpace, UnsupportedFeature
+from qcow2x.errors import FormatError, ImageLocked, NoSpace, UnsupportedFeature
 from qcow2x.ops.create import create
 
 MiB = 1 << 20
@@ -225,6 +225,57 @@ def test_existing_file_is_replaced_whole(tmp_path):
     create(path, MiB)
     assert path.stat().st_size < MiB
     assert_clean(path)
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+@pytest.mark.parametrize("options", [{}, {"cluster_size": 512}, {"extended_l2": True}], ids=str)
+def test_preallocated_image_has_a_place_for_every_cluster(tmp_path, mode, options):
+    path = tmp_path / "disk.qcow2"
+    create(path, 3 * MiB + 512, preallocation=mode, **options)
+    found = json.loads(qemu_img("check", "--output=json", path))
+    assert found["allocated-clusters"] == found["total-clusters"]
+    assert_clean(path)
+    if mode != "metadata":
+        assert path.stat().st_blocks * 512 >= 3 * MiB
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-r", "-c", "read -P 0 0 3146240", str(path)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_preallocation_keeps_what_shows_through_from_the_backing_file(tmp_path):
+    (tmp_path / "base.raw").write_bytes(b"b" * MiB)
+    path = tmp_path / "top.qcow2"
+    create(
+        path,
+        backing_file="base.raw",
+        backing_format="raw",
+        extended_l2=True,
+        preallocation="metadata",
+    )
+    assert info(path)["backing-filename"] == "base.raw"
+    assert json.loads(qemu_img("check", "--output=json", path))["allocated-clusters"] == 16
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", path, tmp_path / "base.raw")
+
+
+def test_image_that_is_open_elsewhere_is_not_replaced(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    create(path, MiB)
+    before = path.read_bytes()
+    with subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        holder.stdin.write("read 0 512\n")
+        holder.stdin.flush()
+        holder.stdout.readline()
+        with pytest.raises(ImageLocked):
+            create(path, 2 * MiB)
+        holder.communicate("quit\n", timeout=60)
+    assert path.read_bytes() == before
 
 
 class FailingDisk:

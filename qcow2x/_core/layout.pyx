@@ -1,7 +1,7 @@
 # cython: language_level=3
 """An empty image on disk: header, refcount table, refcount blocks and L1 table, in this order."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from qcow2x._core.errors cimport check_status, fail
@@ -9,12 +9,8 @@ from qcow2x._core.geometry cimport l1_entries_for, q2_geometry, set_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
-
-cdef extern from "qcow2x/wire.h" nogil:
-    void q2_store_be64(void *p, uint64_t v)
-
-cdef extern from "qcow2x/format.h" nogil:
-    const uint64_t Q2_INCOMPAT_EXTL2, Q2_MAX_L1_BYTES
+from qcow2x._core.wire cimport (Q2_INCOMPAT_EXTL2, Q2_L1E_OFFSET_MASK, Q2_MAX_L1_BYTES,
+                                q2_load_be64, q2_store_be64)
 
 cdef struct q2_layout:
     uint64_t l1_size         # entries
@@ -138,3 +134,40 @@ def write_header(Storage storage, Header header):
         if st == Q2_OK:
             st = storage.sync(Q2_SITE_FLUSH)
     check_status(st, storage.name)
+
+
+def forget_subclusters(Storage storage, Header header):
+    """Marks every subcluster unallocated, while each cluster keeps its place in the file.
+
+    For an image with extended L2 entries that nobody has written to: a backing file that is named
+    afterwards shows through all of it.
+    """
+    cdef uint64_t i, l2_off, n = header.fields.l1_size
+    cdef uint64_t cluster_size = <uint64_t>1 << header.fields.cluster_bits
+    cdef uint8_t *l1 = <uint8_t *>malloc(n * 8 + 1)
+    cdef uint8_t *l2 = <uint8_t *>malloc(cluster_size)
+    cdef q2_status st = Q2_OK
+    if l1 is NULL or l2 is NULL:
+        free(l1)
+        free(l2)
+        raise MemoryError
+    with nogil:
+        st = storage.read_at(Q2_SITE_L1_READ, l1, n * 8, header.fields.l1_offset)
+        for i in range(n):
+            l2_off = q2_load_be64(l1 + 8 * i) & Q2_L1E_OFFSET_MASK
+            if st == Q2_OK and l2_off:
+                st = clear_bitmaps(storage, l2, cluster_size, l2_off)
+    free(l1)
+    free(l2)
+    check_status(st, storage.name)
+
+
+cdef q2_status clear_bitmaps(Storage storage, uint8_t *l2, uint64_t cluster_size,
+                             uint64_t l2_off) noexcept nogil:
+    cdef uint64_t at
+    cdef q2_status st = storage.read_at(Q2_SITE_L2_LOAD, l2, cluster_size, l2_off)
+    if st != Q2_OK:
+        return st
+    for at in range(8, cluster_size, 16):
+        q2_store_be64(l2 + at, 0)
+    return storage.write_at(Q2_SITE_L2_UPDATE, l2, cluster_size, l2_off, 0)

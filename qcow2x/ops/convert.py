@@ -103,10 +103,10 @@ def convert(
     Runs of at least *sparse_size* zero bytes (0: look for none and allocate everything) are not
     stored. With *backing_file* only what the top layer of *src* holds is copied, as the backing
     file already shows the rest. *level* is 1..9 for zlib and 1..19 for zstd. *references* is the
-    policy for files that the source names (see :func:`qcow2x.open`). Returning False from
-    *progress* cancels.
+    policy for files that the source names, *lock* says whether to heed other programs' locks (see
+    :func:`qcow2x.open`). Returning False from *progress* cancels.
 
-    Raises Cancelled, ValueError for options that do not go together, and what opening, reading and
+    Raises Cancelled, ImageLocked, ValueError for options that do not go together, and what opening, reading and
     writing raise.
     """
     _check_options(dst_format, compress, compression_type, preallocation, sparse_size, threads)
@@ -135,23 +135,23 @@ def convert(
         # Whether all of the target reads as zeros, apart from what a backing file shows.
         is_fresh = not target_exists
         if target_exists:
-            target = _open_existing(stack, dst, dst_format, cache, references)
+            target = _open_existing(stack, dst, dst_format, cache, references, lock)
             wanted = target.size
         elif is_device(dst) and dst_format == "raw":
-            target = stack.enter_context(RawDisk(dst, "r+", cache))
+            target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
             wanted = target.size
             is_fresh = False
         elif is_device(dst) or not is_path(dst):
             # A device, descriptor or object has no other name to be written under.
             if dst_format == "raw":
-                target = stack.enter_context(RawDisk(dst, "r+", cache))
+                target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
                 target.resize(0, shrink=True)
                 target.resize(wanted, preallocation=preallocation)
             else:
                 target = _create_image(stack, dst, wanted, cache, references, backing_file, options)
         else:
             _refuse_own_source(source, dst)
-            new_file = stack.enter_context(NewFile(dst))
+            new_file = stack.enter_context(NewFile(dst, lock=lock))
             if dst_format == "raw":
                 target = RawDisk(new_file.path, "r+", cache)
                 stack.callback(target.close)
@@ -224,10 +224,12 @@ def _open_source(stack: ExitStack, src: Any, format: str | None, **options: Any)
     return parts[0] if len(parts) == 1 else ConcatDisk(parts)
 
 
-def _open_existing(stack: ExitStack, dst: Any, format: str, cache: str, references: Any) -> Any:
+def _open_existing(
+    stack: ExitStack, dst: Any, format: str, cache: str, references: Any, lock: bool
+) -> Any:
     if is_disk(dst):
         return dst
-    target, _ = open_disk(dst, format, mode="r+", cache=cache, references=references)
+    target, _ = open_disk(dst, format, mode="r+", cache=cache, references=references, lock=lock)
     stack.callback(target.close)
     return target
 

@@ -10,9 +10,15 @@ from operator import index
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from qcow2x._core.header import Header
-from qcow2x._core.layout import largest_disk, write_empty_image, write_header
+from qcow2x._core.layout import (
+    forget_subclusters,
+    largest_disk,
+    write_empty_image,
+    write_header,
+)
 from qcow2x._core.storage import FileStorage
 from qcow2x.errors import UnsupportedFeature
+from qcow2x.locking import lock_image
 
 if TYPE_CHECKING:
     from qcow2x.storage import Source, Storage
@@ -74,7 +80,7 @@ def create(
     ==================  =====================================================================
 
     Raises ValueError for an argument out of its range, UnsupportedFeature for what cannot be
-    created here, FormatError if the backing file is not what ``backing_format`` says, and
+    created here, ImageLocked if another program has the existing image open, FormatError if the backing file is not what ``backing_format`` says, and
     OSError (NoSpace, StorageError) from the file.
     """
     _refuse_unsupported(data_file, data_file_raw, encryption)
@@ -119,10 +125,11 @@ def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
     backing_file, backing_format = header.backing_file, header.backing_format
     header.backing_file = header.backing_format = None
     write_empty_image(storage, header)
-    with open_image(storage, "r+", cache="unsafe") as image:
+    with _unsynced(storage) as target, open_image(target, "r+", lock=False) as image:
         image._preallocate(mode)
     if backing_file is not None:
         header = Header.load(storage.pread, storage.size(), storage.name)
+        forget_subclusters(storage, header)
         header.backing_file, header.backing_format = backing_file, backing_format
         write_header(storage, header)
     storage.flush()
@@ -291,14 +298,15 @@ def _target(path: Source) -> Iterator[Storage]:
     if not _is_path(path):
         from qcow2x.storage import open_storage
 
-        yield open_storage(path, writable=True)
+        with _locked(open_storage(path, writable=True)) as storage:
+            yield storage
         return
     try:
         storage, is_new = FileStorage(path, writable=True, exclusive=True), True
     except FileExistsError:
         storage, is_new = FileStorage(path, writable=True), False
     try:
-        with storage:
+        with storage, _locked(storage):
             yield storage
         if is_new:
             _sync_folder(path)
@@ -307,6 +315,28 @@ def _target(path: Source) -> Iterator[Storage]:
             with suppress(FileNotFoundError):
                 os.unlink(path)
         raise
+
+
+@contextmanager
+def _locked(storage: Storage) -> Iterator[Storage]:
+    """Nobody may have the image open that is about to be replaced."""
+    lock = lock_image(storage, writable=True)
+    try:
+        yield storage
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextmanager
+def _unsynced(storage: Storage) -> Iterator[Storage]:
+    """The same file without a sync at each flush: it is synced once, when all is written."""
+    if isinstance(storage, FileStorage):
+        with FileStorage(storage.fileno(), writable=True, cache="unsafe") as fast:
+            fast.name = storage.name
+            yield fast
+    else:
+        yield storage
 
 
 def _sync_folder(path: StrOrBytesPath) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from qcow2x.locking import lock_image
 from qcow2x.types import Extent
 
 QCOW2_MAGIC = b"QFI\xfb"
@@ -29,16 +30,26 @@ class RawDisk:
     """A raw disk: a file, block device, descriptor or storage object. Any thread may use it.
 
     *source* is anything :func:`qcow2x.storage.open_storage` takes; an open storage stays open.
-    Raises OSError and ValueError.
+    *lock* takes part in QEMU's image locking. Raises OSError, ImageLocked and ValueError.
     """
 
     format = "raw"
 
-    def __init__(self, source: Any, mode: str = "r", cache: str = "writeback") -> None:
+    def __init__(
+        self, source: Any, mode: str = "r", cache: str = "writeback", *, lock: bool = False
+    ) -> None:
         from qcow2x.storage import Storage, open_storage
 
+        writable = mode == "r+"
         self._owned = not isinstance(source, Storage)
-        self._storage = open_storage(source, writable=mode == "r+", cache=cache)
+        self._storage = open_storage(source, writable=writable, cache=cache)
+        self._lock = None
+        if lock:
+            try:
+                self._lock = lock_image(self._storage, writable)
+            except BaseException:
+                self.close()
+                raise
         self.name: str = self._storage.name
 
     @property
@@ -95,6 +106,9 @@ class RawDisk:
         self._storage.flush()
 
     def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
         if self._owned:
             self._storage.close()
 
@@ -196,4 +210,4 @@ def open_disk(
         raise ValueError(f"Unknown driver '{format}'")
     if options.get("snapshot") is not None:
         raise ValueError("a raw disk has no snapshots")
-    return RawDisk(source, mode, cache), True
+    return RawDisk(source, mode, cache, lock=options.get("lock", True)), True

@@ -14,10 +14,14 @@ class NewFile:
     A context manager: left without ``commit`` (an error, Cancelled, a signal's exception) it
     removes the temporary file, and an existing target stays as it was. The new file has the mode
     bits of the target it replaces, or those the umask gives. A symbolic link is followed, so that
-    the file it points to is replaced, not the link. Raises OSError.
+    the file it points to is replaced, not the link.
+
+    Raises OSError, and ImageLocked if *lock* is set and another program has the file in use: it
+    would go on with the old file, unseen.
     """
 
-    def __init__(self, path: Any) -> None:
+    def __init__(self, path: Any, *, lock: bool = True) -> None:
+        self._old: Any = None
         self.target = os.path.realpath(os.fsdecode(path))
         self.folder = os.path.dirname(self.target)
         mode = None
@@ -32,6 +36,10 @@ class NewFile:
             if not os.access(self.target, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.target)
             mode = stat.S_IMODE(status.st_mode)
+            if lock:
+                from qcow2x.ops.disk import RawDisk
+
+                self._old = RawDisk(self.target, "r+", lock=True)
         self.path = os.path.join(self.folder, f".qcow2x-{os.urandom(8).hex()}.tmp")
         try:
             fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
@@ -54,6 +62,7 @@ class NewFile:
             _sync(self.path, os.O_RDWR)
         os.rename(self.path, self.target)
         self.path = ""
+        self._release()
         if sync:
             _sync(self.folder, os.O_RDONLY | os.O_DIRECTORY)
 
@@ -65,6 +74,12 @@ class NewFile:
             except FileNotFoundError:
                 pass
             self.path = ""
+        self._release()
+
+    def _release(self) -> None:
+        if self._old is not None:
+            self._old.close()
+            self._old = None
 
     def __enter__(self) -> NewFile:
         return self
