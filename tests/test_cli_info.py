@@ -157,3 +157,14 @@ def test_map_for_people(chain: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 def test_map_for_people_cannot_show_compressed_clusters(chain: list[str]) -> None:
     assert run("map", "base.qcow2") == 1
+
+
+@pytest.mark.parametrize("options", ["", ",cluster_size=4k"])
+def test_map_of_a_preallocated_image(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "laid-out.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"preallocation=metadata{options}", image, "10M")
+    qemu_io(image, "write 1M 300k")
+    assert run("map", "--output=json", image) == 0
+    assert entries(capsys.readouterr().out) == entries(qemu_img("map", "--output=json", image))

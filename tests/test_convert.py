@@ -186,6 +186,15 @@ def test_sparse_size_0_stores_every_cluster(tmp_path: Path) -> None:
     assert (tmp_path / "full.raw").stat().st_blocks * 512 >= MIB
 
 
+def test_holes_of_a_preallocated_image_are_not_read(tmp_path: Path) -> None:
+    image = tmp_path / "laid-out.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", image, "64M")
+    qemu_io(image, "write -P 3 5M 64k")
+    result = convert(image, tmp_path / "out.qcow2")
+    assert result.data_bytes == 64 << 10
+    assert_qemu_agrees(tmp_path / "out.qcow2", image, "qcow2")
+
+
 def test_sources_are_put_one_after_another(raw: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.raw"
     other.write_bytes(b"second" * 1000)

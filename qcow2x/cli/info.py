@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 from qcow2x.cli.options import FORMAT, OUTPUT, SHARE, Option, one_file, output_format, parse
@@ -61,10 +62,12 @@ def describe(path: str, format: str | None) -> dict[str, Any]:
             from qcow2x._core.header import Header
 
             header = Header.load(storage.pread, file_size, path)
-    actual_size = os.stat(path).st_blocks * 512
+    status = os.stat(path)
+    actual_size = status.st_blocks * 512
+    protocol = "host_device" if stat.S_ISBLK(status.st_mode) else "file"
     whole_sectors = -(-file_size // 512) * 512
 
-    info: dict[str, Any] = {"children": [_file_node(path, whole_sectors, actual_size)]}
+    info: dict[str, Any] = {"children": [_file_node(path, protocol, whole_sectors, actual_size)]}
     if header is None:
         info["virtual-size"] = whole_sectors
         info["filename"] = path
@@ -90,14 +93,14 @@ def describe(path: str, format: str | None) -> dict[str, Any]:
     return info
 
 
-def _file_node(path: str, size: int, actual_size: int) -> dict[str, Any]:
+def _file_node(path: str, protocol: str, size: int, actual_size: int) -> dict[str, Any]:
     return {
         "name": "file",
         "info": {
             "children": [],
             "virtual-size": size,
             "filename": path,
-            "format": "file",
+            "format": protocol,
             "actual-size": actual_size,
             "format-specific": {"type": "file", "data": {}},
             "dirty-flag": False,
@@ -156,7 +159,7 @@ def _human(info: dict[str, Any]) -> list[str]:
         *lines,
         "Child node '/file':",
         f"    filename: {node['filename']}",
-        "    protocol type: file",
+        f"    protocol type: {node['format']}",
         f"    file length: {human_size(size)} ({size} bytes)",
         f"    disk size: {human_size(node['actual-size'])}",
     ]

@@ -27,7 +27,7 @@ USAGE = "[-f FMT] [-s OFFSET] [-l LENGTH] [--output=human|json] [-U] FILE"
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.ops.disk import open_disk
+    from qcow2x.ops.disk import extents_of, open_disk
 
     parsed = parse("map", USAGE, OPTIONS, argv)
     style = output_format(parsed)
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     try:
         if start > disk.size:
             limit = 0
-        runs = merge(disk.extents(start, limit)) if limit != 0 else iter(())
+        runs = merge(extents_of(disk, start, limit)) if limit != 0 else iter(())
         if style == "json":
             _print_json(runs, start)
         else:

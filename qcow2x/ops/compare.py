@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2x.errors import Cancelled
-from qcow2x.ops.disk import SECTOR, open_disk, read_padded
+from qcow2x.ops.disk import SECTOR, extents_of, open_disk, read_padded
 from qcow2x.ops.pipeline import Pipeline, usable_cpus
 from qcow2x.types import Extent, Progress
 
@@ -122,7 +122,7 @@ class _Job:
     def states(self, disk: Any) -> Iterator[tuple[int, int, State]]:
         """``(start, end, state)`` over the longer disk's whole size."""
         end = 0
-        for extent in disk.extents():
+        for extent in extents_of(disk):
             end = extent.offset + extent.length
             yield extent.offset, end, _state(extent)
         if end < self.size:

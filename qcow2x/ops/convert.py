@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qcow2x.errors import Cancelled
-from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, is_disk, open_disk, read_padded
+from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, extents_of, is_disk, open_disk, read_padded
 from qcow2x.ops.pipeline import Pipeline, usable_cpus
 from qcow2x.ops.target import NewFile, is_device, is_path
 from qcow2x.types import Extent, Progress
@@ -418,7 +418,7 @@ class _Job:
 
     def extents(self) -> Iterator[Extent]:
         """Those of the source, and a zero one for what is left of its last sector."""
-        yield from self.source.extents()
+        yield from extents_of(self.source)
         end = self.source.size
         if end < self.size:
             yield Extent(end, self.size - end, False, True, False, 0, None, None)
