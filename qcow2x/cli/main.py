@@ -98,6 +98,10 @@ def _is_expected(exc: Exception) -> bool:
 
 def describe(exc: BaseException) -> str:
     """An exception as one line for a user."""
+    from qcow2x.errors import ImageLocked
+
+    if isinstance(exc, ImageLocked) and exc.path is not None:
+        return f"'{exc.path}' is in use by another process"
     if isinstance(exc, OSError) and exc.strerror:
         text = exc.strerror
         if exc.filename is not None:
