@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -135,6 +136,23 @@ def test_interrupt_leaves_no_target(tmp_path: Path, number: int, status: int) ->
     assert "(100.00/100%)" not in out
     assert sorted(os.listdir(tmp_path)) == ["source.raw", "target.qcow2"]
     assert target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("options", [["-O", "qcow2"], ["-c", "-O", "qcow2"], ["-O", "raw"]])
+def test_no_room_leaves_no_target(tmp_path: Path, options: list[str]) -> None:
+    source = tmp_path / "source.raw"
+    source.write_bytes(os.urandom(3 * MIB))
+
+    def limit() -> None:
+        # A file that cannot grow further, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
+
+    process = spawn("convert", *options, source, tmp_path / "target", preexec_fn=limit)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("qcow2x: ")
+    assert err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["source.raw"]
 
 
 def test_reader_that_goes_away_is_no_error_message(raw: Path) -> None:

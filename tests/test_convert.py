@@ -20,7 +20,7 @@ from cli_helpers import (
 )
 
 import qcow2x
-from qcow2x.errors import Cancelled, ImageLocked
+from qcow2x.errors import Cancelled, ImageLocked, ReferenceDenied
 from qcow2x.ops.convert import DATA, KEEP, ZERO, convert, plan_runs
 from qcow2x.types import Extent
 
@@ -131,6 +131,14 @@ def test_chain_made_by_qemu_reads_the_same(raw: Path, tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
     convert(top, tmp_path / "flat.qcow2", references="follow")
     assert_qemu_agrees(tmp_path / "flat.qcow2", ours)
+
+
+def test_names_inside_the_source_are_not_opened_by_default(raw: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", raw, "-F", "raw", top)
+    with pytest.raises(ReferenceDenied):
+        convert(top, tmp_path / "out.raw", dst_format="raw")
+    assert names(tmp_path) == {"disk.raw", "top.qcow2"}
 
 
 def test_with_backing_file_only_the_top_is_copied(raw: Path, tmp_path: Path) -> None:
