@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples on every run, so that a red run is red again; --hypothesis-profile=long looks
@@ -23,3 +24,15 @@ settings.register_profile(
     deadline=timedelta(seconds=60),
 )
 settings.load_profile("repeatable")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how much of the matrix against QEMU ran: a matrix that shrank must not go unseen."""
+    cells = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and "test_interop_" in report.nodeid
+    ]
+    if cells:
+        terminalreporter.write_line(f"{len(cells)} cells of the matrix with QEMU were run")

@@ -159,7 +159,10 @@ class Disk(RuleBasedStateMachine):
         self.path = self.folder / f"layer{len(self.layers)}.qcow2"
         options = dict(shape.options)
         if self.layers:
-            options |= {"backing_file": self.layers[-1][0].name, "backing_format": self.layers[-1][1]}
+            options |= {
+                "backing_file": self.layers[-1][0].name,
+                "backing_format": self.layers[-1][1],
+            }
         qcow2x.create(self.path, nbytes, **options)  # type: ignore[arg-type]
         self._set_length(nbytes)
         self._open(cache)
@@ -258,9 +261,7 @@ class Disk(RuleBasedStateMachine):
     def flush(self) -> None:
         self.image.flush()
 
-    @rule(
-        cache=st.sampled_from(CACHES), l2_cache_size=st.sampled_from([None, None, 1, 64 * KiB])
-    )
+    @rule(cache=st.sampled_from(CACHES), l2_cache_size=st.sampled_from([None, None, 1, 64 * KiB]))
     def reopen(self, cache: str, l2_cache_size: int | None) -> None:
         self.image.close()
         self._open(cache, l2_cache_size)

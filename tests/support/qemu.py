@@ -46,7 +46,7 @@ def qemu_io(path: Path_, *commands: str, fmt: str = "qcow2") -> str:
     flags = [word for command in commands for word in ("-c", command)]
     said = run("qemu-io", "-f", fmt, *flags, path)
     assert "failed" not in said.lower(), said
-    return done.stdout
+    return said
 
 
 def qemu_check(path: Path_) -> dict[str, Any]:
