@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -214,6 +215,12 @@ class Image(CoreImage):
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Resizing, repairing and closing exclude each other: a second close must not take the
+        # file away while the first still flushes. Reentrant, for a signal handler that closes.
+        self._exclusive = threading.RLock()
+
     def _own(self, storages: list[Storage], locks: list[ImageLock]) -> None:
         """What close() has to close and to release."""
         if self.writable:
@@ -316,13 +323,16 @@ class Image(CoreImage):
             raise ValueError(f'repair must be None or "leaks", not {repair!r}')
         if repair is not None and not self.writable:
             raise PermissionError(f"{self.name}: repair needs an image opened with mode 'r+'")
-        self.flush()
-        # What the last flush set free lowers refcounts in memory; a second one writes them.
-        self.flush()
-        result = check_storage(self._file, self._reread_header(), repair=repair, progress=progress)
-        if repair is not None:
-            self._forget_refcounts()
-        return cast(CheckResult, result)
+        with self._exclusive:
+            self.flush()
+            # What the last flush set free lowers refcounts in memory; a second one writes them.
+            self.flush()
+            result = check_storage(
+                self._file, self._reread_header(), repair=repair, progress=progress
+            )
+            if repair is not None:
+                self._forget_refcounts()
+            return cast(CheckResult, result)
 
     def _reread_header(self) -> Header:
         return _load_header(self._file)
@@ -338,6 +348,10 @@ class Image(CoreImage):
         """
         if preallocation not in PREALLOCATIONS:
             raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
+        with self._exclusive:
+            self._resize_alone(size, shrink, preallocation)
+
+    def _resize_alone(self, size: int, shrink: bool, preallocation: str) -> None:
         old = self.size
         if size % 512:
             raise ValueError(f"{self.name}: the size {size} is not a multiple of 512")
@@ -396,15 +410,16 @@ class Image(CoreImage):
     def close(self) -> None:
         """Flushes, waits for requests under way and closes what open() opened. May be called more
         than once. Raises what the flush raises; the image is closed even so."""
-        try:
-            self._shut()
-        finally:
-            locks, self._locks = self._locks, ()
-            owned, self._owned = self._owned, ()
-            for lock in locks:
-                lock.release()
-            for storage in owned:
-                storage.close()
+        with self._exclusive:
+            try:
+                self._shut()
+            finally:
+                locks, self._locks = self._locks, ()
+                owned, self._owned = self._owned, ()
+                for lock in locks:
+                    lock.release()
+                for storage in owned:
+                    storage.close()
 
     def __enter__(self) -> Self:
         return self

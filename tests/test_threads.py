@@ -142,7 +142,7 @@ def test_threads_see_their_own_bytes(
         model = bytearray(size)
         with qcow2x.open(path, "r+", cache=cache, l2_cache_size=1) as image:
             guests = [Guest(image, number, count, stripe) for number in range(count)]
-            run_together([lambda g=g: g.work(rounds, actions) for g in guests])
+            run_together([lambda g=g, a=actions: g.work(rounds, a) for g in guests])
             for guest in guests:
                 for start, data in guest.model.items():
                     model[start : start + stripe] = data

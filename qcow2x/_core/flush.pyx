@@ -13,9 +13,12 @@ cdef q2_status flush_image(ImageState img) noexcept nogil:
     cdef q2_status st
     cdef uint64_t ticket = q2_add(&img.flush_tickets, 1)
     pthread_mutex_lock(&img.commit)
-    if q2_load(&img.closed):
+    if img.shut:
+        # A durable write that was under way when the image was closed: the flush of the closing
+        # took it along, or failed for it as well.
+        st = img.shut_status
         pthread_mutex_unlock(&img.commit)
-        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+        return st if st == Q2_OK else fail(st, Q2_SITE_NONE, 0, b"the flush at closing failed")
     if q2_load(&img.broken):
         # Whatever a sync would say now, what failed before it is not on the disk.
         pthread_mutex_unlock(&img.commit)
@@ -48,5 +51,7 @@ cdef q2_status flush_closing(ImageState img) noexcept nogil:
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
     if st == Q2_OK and img.refblocks.n_dirty:
         st = write_back_locked(img, True)
+    img.shut = True
+    img.shut_status = st
     pthread_mutex_unlock(&img.commit)
     return st

@@ -326,12 +326,10 @@ cdef class CoreImage(ImageState):
     def flush(self):
         """Everything that was written before is durable when this returns. Threads that flush at
         the same time share one sync. Raises StorageError; the image then takes no more writes."""
-        cdef q2_status st
-        if self.read_only:
-            check_status(self._open_status(), self.name)
-            return
-        with nogil:
-            st = flush_image(self)
+        cdef q2_status st = self._open_status()
+        if st == Q2_OK and not self.read_only:
+            with nogil:
+                st = flush_image(self)
         check_status(st, self.name)
 
     def _resize(self, size):

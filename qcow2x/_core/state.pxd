@@ -83,6 +83,8 @@ cdef class ImageState(Storage):
 
     # Under commit.
     cdef uint64_t flush_done        # calls to flush up to this one are answered
+    cdef bint shut                  # the flush at closing was done: nothing touches the file again
+    cdef q2_status shut_status      # how that one ended
 
     cdef q2_counters count          # for stats(): a lost update now and then is no harm
 
