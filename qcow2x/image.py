@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from qcow2x import backing as _backing
 from qcow2x._core.header import Header
@@ -172,8 +172,7 @@ class _Opener:
 
 
 def _load_header(storage: Storage) -> Header:
-    size = storage.size() if not isinstance(storage, CoreImage) else storage.size
-    return Header.load(storage.pread, cast(int, size), storage.name)
+    return Header.load(storage.pread, _disk_bytes(storage), storage.name)
 
 
 def _refuse_unsupported(header: Header, name: str, writable: bool, key: object) -> None:
@@ -268,29 +267,7 @@ class Image(CoreImage):
         end = self.size if length is None else offset + length
         if offset < 0 or end < offset or end > self.size:
             raise ValueError(f"{self.name}: extents of a range outside the disk")
-        return _merged(self._runs(offset, end, 0))
-
-    def _runs(self, offset: int, end: int, depth: int) -> Iterator[Extent]:
-        below = self._backing
-        while offset < end:
-            for start, nbytes, kind, host in self._plan(offset, end - offset):
-                if kind == _UNALLOCATED:
-                    if below is None:
-                        yield Extent(start, nbytes, False, True, False, depth, None, None)
-                    else:
-                        yield from _runs_below(below, start, start + nbytes, depth + 1)
-                else:
-                    yield Extent(
-                        start,
-                        nbytes,
-                        kind != _ZERO,
-                        kind == _ZERO,
-                        kind == _COMPRESSED,
-                        depth,
-                        host if host and kind != _COMPRESSED else None,
-                        self.name,
-                    )
-                offset = start + nbytes
+        return _merged(_runs(self.backing_chain, offset, end))
 
     @property
     def backing(self) -> Storage | None:
@@ -327,12 +304,12 @@ class Image(CoreImage):
             self.flush()
             # What the last flush set free lowers refcounts in memory; a second one writes them.
             self.flush()
-            result = check_storage(
+            result: CheckResult = check_storage(
                 self._file, self._reread_header(), repair=repair, progress=progress
             )
             if repair is not None:
                 self._forget_refcounts()
-            return cast(CheckResult, result)
+            return result
 
     def _reread_header(self) -> Header:
         return _load_header(self._file)
@@ -470,18 +447,54 @@ def _continues(last: Extent, run: Extent) -> bool:
     return last[2:6] == run[2:6] and last.filename == run.filename
 
 
-def _runs_below(below: Storage, offset: int, end: int, depth: int) -> Iterator[Extent]:
-    """The same of a backing layer, which may end before the disk above it does."""
-    stop = min(end, below.size if isinstance(below, Image) else below.size())
-    if offset < stop:
-        if isinstance(below, Image):
-            yield from below._runs(offset, stop, depth)
-        else:
-            yield from _raw_runs(below, offset, stop, depth)
-    if stop < end:
+def _runs(layers: list[Storage], offset: int, end: int) -> Iterator[Extent]:
+    """The runs of a chain, layers from the top down. What a layer leaves open is asked of the next
+    one from a stack, not by recursion: chains are deeper than Python's."""
+    todo: list[Extent | tuple[int, int, int]] = [(0, offset, end)]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Extent):
+            yield item
+            continue
+        depth, start, stop = item
+        layer = layers[depth]
+        if not isinstance(layer, Image):
+            yield from _raw_runs(layer, start, stop, depth)
+            continue
+        planned: list[Extent | tuple[int, int, int]] = []
+        for at, nbytes, kind, host in layer._plan(start, stop - start):
+            planned += _layer_run(layers, depth, at, nbytes, kind, host)
+            start = at + nbytes
+        if start < stop:
+            planned.append((depth, start, stop))
+        todo += reversed(planned)
+
+
+def _layer_run(
+    layers: list[Storage], depth: int, at: int, nbytes: int, kind: int, host: int
+) -> list[Extent | tuple[int, int, int]]:
+    if kind != _UNALLOCATED:
+        host_offset = host if host and kind != _COMPRESSED else None
+        zero = kind == _ZERO
+        name = layers[depth].name
+        return [Extent(at, nbytes, not zero, zero, kind == _COMPRESSED, depth, host_offset, name)]
+    below = depth + 1
+    if below == len(layers):
+        return [Extent(at, nbytes, False, True, False, depth, None, None)]
+    # The backing layer may end before the disk above it does.
+    stop = min(at + nbytes, _disk_bytes(layers[below]))
+    runs: list[Extent | tuple[int, int, int]] = []
+    if at < stop:
+        runs.append((below, at, stop))
+    if max(at, stop) < at + nbytes:
+        start = max(at, stop)
         # It is the layer above that reads as zeros past the end of a short one.
-        start = max(offset, stop)
-        yield Extent(start, end - start, False, True, False, depth - 1, None, None)
+        runs.append(Extent(start, at + nbytes - start, False, True, False, depth, None, None))
+    return runs
+
+
+def _disk_bytes(layer: Storage) -> int:
+    return layer.size if isinstance(layer, CoreImage) else layer.size()
 
 
 def _raw_runs(below: Storage, offset: int, end: int, depth: int) -> Iterator[Extent]:

@@ -6,7 +6,7 @@ from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
 from qcow2x._core.errors cimport fail
-from qcow2x._core.metadata cimport missing_refblock
+from qcow2x._core.metadata cimport MISSING_REFTABLE, missing_refblock
 from qcow2x._core.refblock cimport get_refcount, set_refcount
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
@@ -25,6 +25,9 @@ cdef q2_status slice_of(ImageState img, uint64_t cluster, q2_slot **slot, uint64
     cdef uint32_t per_slice_bits = img.geo.slice_bits + 3 - img.geo.refcount_order
     cdef uint64_t block_off, key
     slot[0] = NULL
+    if img.rt is NULL:
+        miss[0] = MISSING_REFTABLE
+        return Q2_MISS
     if rt_idx >= img.rt_entries:
         return Q2_OK
     block_off = img.rt[rt_idx] & Q2_RTE_OFFSET_MASK

@@ -17,7 +17,6 @@ cdef enum:
 
 cdef class CoreImage(ImageState):
     cdef _load_l1(self)
-    cdef _load_refcount_table(self)
     cdef _init_caches(self, uint64_t l2_bytes)
     cdef _set_backing(self, Storage backing)
     cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,

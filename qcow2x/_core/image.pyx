@@ -64,8 +64,9 @@ cdef class CoreImage(ImageState):
         with nogil:
             st = self.file.get_size(&self.host_size)
         check_status(st, self.name)
+        self.rt_offset = header.fields.rt_offset
+        self.rt_entries = (<uint64_t>header.fields.rt_clusters << self.geo.cluster_bits) >> 3
         self._load_l1()
-        self._load_refcount_table()
         self._init_caches(l2_cache_size)
         self._set_backing(backing)
         with nogil:
@@ -86,25 +87,6 @@ cdef class CoreImage(ImageState):
             st = self.file.read_at(Q2_SITE_L1_READ, self.l1, entries * 8, self.l1_offset)
             for i in range(entries):
                 self.l1[i] = q2_load_be64(&self.l1[i])
-        check_status(st, self.name)
-
-    cdef _load_refcount_table(self):
-        """Only a writer counts references; a reader does not pay for the table."""
-        cdef uint64_t nbytes
-        cdef uint64_t i
-        cdef q2_status st
-        if self.read_only:
-            return
-        nbytes = <uint64_t>self.header.fields.rt_clusters << self.geo.cluster_bits
-        self.rt_offset = self.header.fields.rt_offset
-        self.rt_entries = nbytes >> 3
-        self.rt = <uint64_t *>calloc(self.rt_entries + 1, 8)
-        if self.rt is NULL:
-            raise MemoryError(f"{self.name}: no memory for the refcount table")
-        with nogil:
-            st = self.file.read_at(Q2_SITE_REFTABLE_READ, self.rt, nbytes, self.rt_offset)
-            for i in range(self.rt_entries):
-                self.rt[i] = q2_load_be64(&self.rt[i])
         check_status(st, self.name)
 
     cdef _init_caches(self, uint64_t l2_bytes):

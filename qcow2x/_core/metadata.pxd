@@ -12,6 +12,10 @@ cdef inline uint64_t missing_l2(uint64_t key) noexcept nogil:
 cdef inline uint64_t missing_refblock(uint64_t key) noexcept nogil:
     return key | 1
 
+# The refcount table as a whole: only the first allocation wants it, opening an image does not.
+cdef enum:
+    MISSING_REFTABLE = 1
+
 # No lock held. The slice is (or was, a moment ago) cached afterwards: plan again.
 cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
 

@@ -21,7 +21,27 @@ from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_w
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport q2_store_be64
+from qcow2x._core.wire cimport q2_load_be64, q2_store_be64
+
+
+cdef q2_status load_reftable(ImageState img) noexcept nogil:
+    cdef uint64_t *table = <uint64_t *>malloc(img.rt_entries * 8 + 1)
+    cdef uint64_t i
+    cdef q2_status st
+    if table is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_REFTABLE_READ, img.rt_offset,
+                    b"no memory for the refcount table")
+    # Its place and size change only after it was loaded once.
+    st = img.file.read_at(Q2_SITE_REFTABLE_READ, table, img.rt_entries * 8, img.rt_offset)
+    for i in range(img.rt_entries):
+        table[i] = q2_load_be64(&table[i])
+    pthread_rwlock_wrlock(&img.meta)
+    if st == Q2_OK and img.rt is NULL:
+        img.rt = table
+        table = NULL
+    pthread_rwlock_unlock(&img.meta)
+    free(table)
+    return st
 
 
 cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nogil:
@@ -32,6 +52,8 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
     cdef bint already
     cdef uint64_t turn
     cdef q2_status st
+    if miss == MISSING_REFTABLE:
+        return load_reftable(img)
     pthread_rwlock_wrlock(&img.meta)
     st = cache_begin_load(cache, key, &slot, &already)
     if st == Q2_BUSY or (st == Q2_FULL and cache.n_dirty == 0):

@@ -57,7 +57,7 @@ cdef class ImageState(Storage):
     cdef uint64_t l1_offset
     cdef uint8_t *l1_dirty          # a byte per 512-byte sector of the table
     cdef bint l1_is_dirty
-    cdef uint64_t *rt               # refcount table, host byte order
+    cdef uint64_t *rt               # refcount table, host byte order; NULL before it is needed
     cdef uint64_t rt_entries
     cdef uint64_t rt_offset
     cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place
