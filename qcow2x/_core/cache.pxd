@@ -30,6 +30,7 @@ cdef struct q2_slot:
     uint8_t used           # looked at since the clock hand last passed
     uint8_t writing        # a copy is on its way to the file: neither evict nor reuse
     uint8_t dirty          # one bit per 512-byte sector
+    uint8_t stale          # forgotten while it was loading: what comes is old
     uint8_t after_refblock # edge: every dirty refcount block before this slice
 
 cdef struct q2_cache:
@@ -69,5 +70,6 @@ cdef q2_status cache_after(q2_cache *c, q2_slot *slot, uint8_t rank, uint64_t se
 # Exclusive lock. Forgets every slice inside [key, key + nbytes), dirty or not: the table is gone.
 cdef void cache_drop(q2_cache *c, uint64_t key, uint64_t nbytes) noexcept nogil
 
-# Exclusive lock. Forgets every slice: the file was changed beneath the cache.
+# Exclusive lock. Forgets every slice, also those still loading: the file was changed beneath the
+# cache.
 cdef void cache_forget_all(q2_cache *c) noexcept nogil

@@ -94,6 +94,7 @@ cdef void forget(q2_cache *c, q2_slot *slot) noexcept nogil:
         c.n_dirty -= 1
     slot.state = SLOT_EMPTY
     slot.dirty = 0
+    slot.stale = 0
     slot.need_seq = 0
     slot.after_refblock = 0
 
@@ -154,7 +155,7 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
 
 
 cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil:
-    if filled:
+    if filled and not slot.stale:
         slot.state = SLOT_VALID
     else:
         forget(c, slot)
@@ -194,3 +195,5 @@ cdef void cache_forget_all(q2_cache *c) noexcept nogil:
     for i in range(c.n_slots):
         if c.slots[i].state == SLOT_VALID:
             forget(c, &c.slots[i])
+        elif c.slots[i].state == SLOT_LOADING:
+            c.slots[i].stale = 1

@@ -106,7 +106,7 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
                                uint64_t end_cl) noexcept nogil:
     cdef uint64_t miss = 0, turn = 0, done
     cdef uint32_t parity = 0
-    cdef q2_status st = begin_request(img, &parity)
+    cdef q2_status st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
     while guest_cl < end_cl and st == Q2_OK:
@@ -122,7 +122,7 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
         elif st == Q2_MISS:
             st = load_slice(img, miss)
         guest_cl += done
-    leave_request(img, parity)
+    leave_write(img, parity)
     return st
 
 
@@ -182,7 +182,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
     cdef q2_slot *slot = NULL
     cdef q2_l2e e
     cdef uint32_t parity = 0
-    cdef q2_status st = begin_request(img, &parity)
+    cdef q2_status st = begin_write_request(img, &parity)
     handled[0] = False
     if st != Q2_OK:
         return st
@@ -213,7 +213,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                 break
         else:
             break
-    leave_request(img, parity)
+    leave_write(img, parity)
     return st
 
 

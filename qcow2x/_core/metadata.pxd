@@ -1,5 +1,5 @@
 # Metadata between memory and file: loading slices, writing them back in order.
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int32_t, uint64_t
 
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
@@ -21,6 +21,9 @@ cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
 
 # The same for a thread that holds commit.
 cdef q2_status load_slice_committing(ImageState img, uint64_t miss) noexcept nogil
+
+# commit held. The file's first sector as `head` now is, durable at return.
+cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil
 
 # commit held, meta not. Writes every dirty slice back in the order of writes. With make_durable a
 # sync follows, and what was unmapped before the call moves to limbo (retire.pyx). After a failure

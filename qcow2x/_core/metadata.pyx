@@ -316,3 +316,12 @@ cdef q2_status write_back(ImageState img) noexcept nogil:
     st = write_back_locked(img, False)
     pthread_mutex_unlock(&img.commit)
     return st
+
+
+cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil:
+    cdef q2_status st = img.file.write_at(site, img.head, 512, 0, WRITE_DEFERRED)
+    if st == Q2_OK:
+        st = img.file.sync(Q2_SITE_BARRIER)
+    img.count.metadata_writes += 1
+    img.count.barriers += 1
+    return poison_unless_full(img, st)

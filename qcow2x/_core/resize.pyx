@@ -1,6 +1,6 @@
 # cython: language_level=3
 """Changing the size of the guest disk."""
-from libc.stdint cimport int32_t, uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -9,23 +9,13 @@ from qcow2x._core.discard cimport unmap_tail, zero_guest
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.geometry cimport l1_entries_for
-from qcow2x._core.metadata cimport load_slice, write_back_locked
+from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport (Q2_HDR_L1_OFFSET, Q2_HDR_L1_SIZE, Q2_HDR_SIZE, Q2_MAX_L1_BYTES,
                                 q2_store_be32, q2_store_be64)
-
-
-cdef q2_status write_header(ImageState img, int32_t site) noexcept nogil:
-    """commit held: the first sector as it now should be, durable at return."""
-    cdef q2_status st = img.file.write_at(site, img.head, 512, 0, WRITE_DEFERRED)
-    if st == Q2_OK:
-        st = img.file.sync(Q2_SITE_BARRIER)
-    img.count.metadata_writes += 1
-    img.count.barriers += 1
-    return poison_unless_full(img, st)
 
 
 cdef q2_status place_l1(ImageState img, uint64_t n_clusters, uint64_t *first) noexcept nogil:
@@ -87,7 +77,7 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
     if st == Q2_OK:
         q2_store_be32(img.head + Q2_HDR_L1_SIZE, <uint32_t>entries)
         q2_store_be64(img.head + Q2_HDR_L1_OFFSET, first << cbits)
-        st = write_header(img, Q2_SITE_L1_GROW_ACTIVATE)
+        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE)
         if st != Q2_OK:
             q2_store_be32(img.head + Q2_HDR_L1_SIZE, img.l1_size)
             q2_store_be64(img.head + Q2_HDR_L1_OFFSET, img.l1_offset)
@@ -117,7 +107,7 @@ cdef q2_status set_disk_size(ImageState img, uint64_t size) noexcept nogil:
     pthread_rwlock_wrlock(&img.meta)
     old = img.disk_size
     q2_store_be64(img.head + Q2_HDR_SIZE, size)
-    st = write_header(img, Q2_SITE_HEADER_UPDATE)
+    st = write_head(img, Q2_SITE_HEADER_UPDATE)
     if st == Q2_OK:
         img.disk_size = size
         img.header.fields.size = size

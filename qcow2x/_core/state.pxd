@@ -69,9 +69,11 @@ cdef class ImageState(Storage):
     cdef q2_runs dropped            # unmapped, but not yet durably so
     cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
     cdef uint64_t epoch
+    cdef bint frozen                # writers wait outside: a snapshot is being made
 
     # Atomic.
     cdef uint64_t active[2]         # requests that entered during an epoch of this parity
+    cdef uint64_t writers           # writing requests under way
     cdef uint64_t host_size         # the file's size as far as this image has seen or grown it
     cdef uint64_t meta_seq          # counts changes of metadata
     cdef uint64_t meta_durable      # changes up to this one are durable
@@ -107,6 +109,19 @@ cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil
 cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil
 # No lock needed.
 cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil
+
+# The same for a request that writes. enter_write, with meta held, answers Q2_BUSY while the image is
+# frozen; begin_write_request waits until it is not.
+cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil
+cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil
+cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil
+
+# No lock held. freeze returns when no write is under way and lets none begin before thaw. Reads go
+# on. One thread at a time (Image serialises what freezes).
+cdef q2_status freeze(ImageState img) noexcept nogil
+cdef void thaw(ImageState img) noexcept nogil
+# No lock held: every request that was under way at the call has finished. Not inside one.
+cdef void drain_requests(ImageState img) noexcept nogil
 
 # Waiting: note the turn while meta is held, let go of meta, wait for the next turn.
 cdef uint64_t room_enter(ImageState img) noexcept nogil

@@ -2,6 +2,7 @@
 """One open image: the fields, locks and lists that the verbs share."""
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
+from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
 from qcow2x._core.errors cimport fail
@@ -61,6 +62,86 @@ cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil:
 
 cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil:
     q2_sub(&img.active[parity], 1)
+
+
+cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil:
+    cdef q2_status st
+    if img.frozen:
+        return Q2_BUSY
+    st = enter_request(img, parity)
+    if st == Q2_OK:
+        q2_add(&img.writers, 1)
+    return st
+
+
+cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil:
+    cdef uint64_t turn = 0
+    cdef q2_status st
+    while True:
+        pthread_rwlock_rdlock(&img.meta)
+        st = enter_write(img, parity)
+        if st == Q2_BUSY:
+            turn = room_enter(img)
+        pthread_rwlock_unlock(&img.meta)
+        if st != Q2_BUSY:
+            return st
+        room_wait(img, turn)
+
+
+cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil:
+    q2_sub(&img.writers, 1)
+    leave_request(img, parity)
+
+
+# Waiting for requests to end, which they do within an I/O: looking now and then costs nothing.
+cdef void pause_briefly() noexcept nogil:
+    cdef timespec pause
+    pause.tv_sec = 0
+    pause.tv_nsec = 100_000
+    nanosleep(&pause, NULL)
+
+
+cdef q2_status freeze(ImageState img) noexcept nogil:
+    cdef q2_status st = may_write(img)
+    if st != Q2_OK:
+        return st
+    pthread_rwlock_wrlock(&img.meta)
+    if q2_load(&img.closed):
+        st = fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+    else:
+        img.frozen = True
+    pthread_rwlock_unlock(&img.meta)
+    while st == Q2_OK and q2_load(&img.writers) != 0:
+        pause_briefly()
+    return st
+
+
+cdef void thaw(ImageState img) noexcept nogil:
+    pthread_rwlock_wrlock(&img.meta)
+    img.frozen = False
+    pthread_rwlock_unlock(&img.meta)
+    room_wake(img)
+
+
+cdef void drain_requests(ImageState img) noexcept nogil:
+    cdef uint64_t now, other
+    # A new epoch may begin only when the requests of the one before the present have ended; then
+    # those of the present one are all there is to wait for.
+    while True:
+        pthread_rwlock_wrlock(&img.meta)
+        now = img.epoch & 1
+        other = now ^ 1
+        if q2_load(&img.active[other]) == 0:
+            break
+        pthread_rwlock_unlock(&img.meta)
+        pause_briefly()
+    # What waits in limbo for the other parity waits on; the next flush takes it.
+    if runs_append(&img.limbo[now], &img.limbo[other]) == Q2_OK:
+        runs_clear(&img.limbo[other])
+    img.epoch += 1
+    pthread_rwlock_unlock(&img.meta)
+    while q2_load(&img.active[now]) != 0:
+        pause_briefly()
 
 
 cdef uint64_t room_enter(ImageState img) noexcept nogil:

@@ -279,7 +279,7 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
                               uint32_t *parity, uint64_t *done) noexcept nogil:
     """Writes the part of the request that leads it and needs no metadata; *done may be 0."""
     cdef q2_plan plan
-    cdef uint64_t miss = 0
+    cdef uint64_t miss = 0, turn = 0
     cdef int32_t i
     cdef q2_status st
     done[0] = 0
@@ -287,11 +287,16 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
         pthread_rwlock_rdlock(&img.meta)
         st = Q2_OK
         if not entered[0]:
-            st = enter_request(img, parity)
+            st = enter_write(img, parity)
             entered[0] = st == Q2_OK
         if st == Q2_OK:
             st = plan_range(img, guest_off, nbytes, True, &plan, &miss)
+        elif st == Q2_BUSY:
+            turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
+        if st == Q2_BUSY:
+            room_wait(img, turn)
+            continue
         if st != Q2_MISS:
             break
         st = load_slice(img, miss)
@@ -327,7 +332,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         guest_off += done
         left -= done
     if entered:
-        leave_request(img, parity)
+        leave_write(img, parity)
     if st == Q2_OK and durable:
         st = flush_if_metadata_changed(img)
     return st
@@ -340,7 +345,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
     cdef uint32_t parity = 0
     cdef q2_status st = may_write(img)
     if st == Q2_OK:
-        st = begin_request(img, &parity)
+        st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
     while guest_off < end and st == Q2_OK:
@@ -360,7 +365,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
                                    WRITE_DEFERRED)
         st = finish(img, &w, st)
         guest_off += run
-    leave_request(img, parity)
+    leave_write(img, parity)
     return st
 
 
@@ -432,7 +437,7 @@ cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t str
     cdef uint32_t parity = 0
     cdef q2_status st = may_write(img)
     if st == Q2_OK:
-        st = begin_request(img, &parity)
+        st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
     while st == Q2_OK:
@@ -452,5 +457,5 @@ cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t str
         st = img.file.write_at(Q2_SITE_COMPRESSED_WRITE, stream, stream_bytes, w.host_off,
                                WRITE_DEFERRED)
         st = finish_encoded(img, &w, stream_bytes, st)
-    leave_request(img, parity)
+    leave_write(img, parity)
     return st
