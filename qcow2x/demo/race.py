@@ -1,0 +1,216 @@
+"""The same requests on a raw file, on qcow2x and on QEMU, timed alike.
+
+A :class:`Load` says which requests. Each ``time_*`` function sends them one at a time, synchronously,
+to a disk that is there already, and returns the seconds from the first to the last; opening and
+closing are not in it. ``qemu-img bench`` can only walk in steps, so everybody walks in steps.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import qcow2x
+from qcow2x.demo.programs import DemoFailure, run
+
+PAGE = 4096
+
+#: How a raw file is opened to be as durable as each cache mode says.
+RAW_FLAGS = {
+    "writeback": 0,
+    "none": os.O_DIRECT,
+    "writethrough": os.O_DSYNC,
+    "directsync": os.O_DIRECT | os.O_DSYNC,
+}
+
+#: Different buffers that the requests take turns with, so that a misplaced one shows.
+_VARIANTS = 61
+
+
+@dataclass(frozen=True)
+class Load:
+    """``count`` requests of ``nbytes``, each ``step`` bytes after the last, on a disk of ``size``
+    bytes; behind its end the walk goes on from its start."""
+
+    nbytes: int
+    count: int
+    size: int
+    step: int
+
+    @classmethod
+    def sequential(cls, nbytes: int, count: int, size: int) -> Load:
+        return cls(nbytes, count, size, nbytes)
+
+    @classmethod
+    def scattered(cls, nbytes: int, count: int, size: int) -> Load:
+        """Far apart and all over the disk, each place once before any comes again."""
+        places = size // nbytes
+        # Steps of the golden section spread evenly however many there are.
+        step = int(places * (math.sqrt(5) - 1) / 2)
+        while math.gcd(step, places) != 1:
+            step += 1
+        return cls(nbytes, count, size, step * nbytes)
+
+    def shortened(self, count: int) -> Load:
+        return replace(self, count=count)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return [i * self.step % self.size for i in range(self.count)]
+
+    @cached_property
+    def buffers(self) -> list[memoryview]:
+        """One page-aligned buffer per request, out of a few that take turns."""
+        pool = mmap.mmap(-1, self.nbytes + (_VARIANTS - 1) * PAGE)
+        pool[:] = random.Random(self.nbytes).randbytes(len(pool))
+        view = memoryview(pool)
+        variants = [view[i * PAGE : i * PAGE + self.nbytes] for i in range(_VARIANTS)]
+        return [variants[i % _VARIANTS] for i in range(self.count)]
+
+
+def time_raw_writes(load: Load, fd: int) -> float:
+    requests = [([buffer], off) for buffer, off in zip(load.buffers, load.offsets, strict=True)]
+    write = os.pwritev
+    start = time.perf_counter()
+    for parts, off in requests:
+        write(fd, parts, off)
+    return time.perf_counter() - start
+
+
+def time_image_writes(load: Load, image: qcow2x.Image) -> float:
+    requests = list(zip(load.buffers, load.offsets, strict=True))
+    write = image.pwrite
+    start = time.perf_counter()
+    for buffer, off in requests:
+        write(buffer, off)
+    return time.perf_counter() - start
+
+
+def time_raw_reads(load: Load, fd: int) -> float:
+    buffer = memoryview(mmap.mmap(-1, load.nbytes))
+    parts = [buffer]
+    offsets = load.offsets
+    read = os.preadv
+    start = time.perf_counter()
+    for off in offsets:
+        read(fd, parts, off)
+    return time.perf_counter() - start
+
+
+def time_image_reads(load: Load, image: qcow2x.Image) -> float:
+    buffer = memoryview(mmap.mmap(-1, load.nbytes))
+    offsets = load.offsets
+    read = image.preadinto
+    start = time.perf_counter()
+    for off in offsets:
+        read(buffer, off)
+    return time.perf_counter() - start
+
+
+def time_qemu(load: Load, path: Path, cache: str, *, write: bool, aio: str = "threads") -> float:
+    """The same requests by ``qemu-img bench``, which tells its time to the millisecond."""
+    printed = run(
+        "qemu-img", "bench", *(["-w"] if write else []), "-t", cache, "-i", aio, "-f", "qcow2",
+        "-d", "1", "-c", str(load.count), "-s", str(load.nbytes), "-S", str(load.step), path,
+    )  # fmt: skip
+    match = re.search(r"Run completed in ([\d.]+) seconds", printed)
+    if match is None:
+        raise DemoFailure(f"qemu-img bench printed no time:\n{printed}")
+    return max(float(match[1]), 0.0005)
+
+
+def fastest_qemu_aio(folder: Path, cache: str) -> str:
+    """The way of sending requests that serves QEMU best here, so that it runs at its best."""
+    path = folder / "qemu-aio.qcow2"
+    load = Load.sequential(65536, 256, 16 << 20)
+    times: dict[str, float] = {}
+    for aio in ("threads", "native", "io_uring"):
+        if aio == "native" and not RAW_FLAGS[cache] & os.O_DIRECT:
+            continue
+        try:
+            create_qemu(path, load.size)
+            time_qemu(load, path, cache, write=True, aio=aio)
+            times[aio] = time_qemu(load, path, cache, write=True, aio=aio)
+        except DemoFailure:
+            # Not built in, or the kernel refuses it: QEMU goes without.
+            continue
+        finally:
+            path.unlink(missing_ok=True)
+    if not times:
+        raise DemoFailure(f"qemu-img bench -t {cache} does not run in {folder}")
+    return min(times, key=lambda aio: times[aio])
+
+
+def create_qemu(path: Path, size: int) -> None:
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, str(size))
+
+
+def open_raw(path: Path, cache: str, size: int | None = None) -> int:
+    """A raw disk opened for writing; with *size* a new, sparse one of that many bytes."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | RAW_FLAGS[cache], 0o644)
+    if size is not None:
+        os.ftruncate(fd, size)
+    return fd
+
+
+def takes_direct(folder: Path) -> bool:
+    """Whether files in *folder* can be read and written past the page cache."""
+    path = folder / "direct-io"
+    try:
+        fd = open_raw(path, "none", PAGE)
+        try:
+            os.pwritev(fd, [mmap.mmap(-1, PAGE)], 0)
+        finally:
+            os.close(fd)
+        return True
+    except OSError as exc:
+        if exc.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        raise
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def fill(write: Callable[[memoryview, int], object], size: int) -> None:
+    """Writes every byte of a disk, in pieces of a cluster as a guest's installer might."""
+    load = Load.sequential(65536, size // 65536, size)
+    for buffer, off in zip(load.buffers, load.offsets, strict=True):
+        write(buffer, off)
+
+
+def make_cold(path: Path) -> None:
+    """Everything on the disk, nothing in the page cache: where O_DIRECT should start from."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def make_warm(path: Path) -> None:
+    """All of the file in the page cache, in the same way for everybody.
+
+    How its pages came there decides what a write to them costs: the kernel keeps large folios
+    where large writes or readahead made them, and changing 4 KiB of one takes several times as
+    long. Read in without readahead, each page stands alone, whoever wrote the file.
+    """
+    make_cold(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        buffer = bytearray(1 << 20)
+        off = 0
+        while n := os.preadv(fd, [buffer], off):
+            off += n
+    finally:
+        os.close(fd)
