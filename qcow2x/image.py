@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qcow2x import backing as _backing
+from qcow2x import snapshot as _snapshot
 from qcow2x._core.header import Header
 from qcow2x._core.image import CoreImage
 from qcow2x.errors import CorruptImage, UnsupportedFeature
@@ -55,6 +56,8 @@ def open(
     gives the backing file outright: a source (read in the format that the image names) or an open
     Image; ``False`` opens the image without one, and a read that would need it raises.
 
+    ``snapshot`` opens the disk as the internal snapshot with that id or name holds it, read-only.
+
     ``cache`` is one of QEMU's modes: ``writeback`` (durable at flush), ``none`` (the same past the
     host's page cache), ``writethrough`` and ``directsync`` (durable at return, the latter past the
     page cache), ``unsafe`` (flush is ignored: only to build what is synced otherwise).
@@ -69,27 +72,32 @@ def open(
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", not {mode!r}')
-    if snapshot is not None:
-        raise UnsupportedFeature(
-            "internal snapshots cannot be opened", features=("internal snapshots",)
-        )
+    if snapshot is not None and mode != "r":
+        raise ValueError('a snapshot can only be opened with mode "r"')
     if data_file is not None:
         raise UnsupportedFeature(
             "external data files are not supported", features=("external data file",)
         )
-    return _Opener(references, cache, l2_cache_size, lock).open(source, mode == "r+", backing, key)
+    opener = _Opener(references, cache, l2_cache_size, lock, snapshot)
+    return opener.open(source, mode == "r+", backing, key)
 
 
 class _Opener:
     """One call of open(): the policy, and the layers it meets."""
 
     def __init__(
-        self, references: ReferencePolicy, cache: str, l2_cache_size: int | None, lock: bool
+        self,
+        references: ReferencePolicy,
+        cache: str,
+        l2_cache_size: int | None,
+        lock: bool,
+        snapshot: str | None,
     ) -> None:
         self.references = references
         self.cache = cache
         self.l2_cache_size = l2_cache_size
         self.lock = lock
+        self.snapshot = snapshot
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -111,6 +119,11 @@ class _Opener:
                 self.chain.enter(storage)
                 header = _load_header(storage)
                 _refuse_unsupported(header, storage.name, writable and top, key if top else None)
+                if top and self.snapshot is not None:
+                    wanted = _snapshot.find(
+                        _snapshot.read_table(storage, header), self.snapshot, storage.name
+                    )
+                    header = _snapshot.header_at(header, wanted, storage.name)
                 layers.append((storage, header, owned))
                 if header.backing_file is None:
                     break
@@ -281,6 +294,11 @@ class Image(CoreImage):
         while isinstance(chain[-1], Image) and chain[-1]._backing is not None:
             chain.append(chain[-1]._backing)
         return chain
+
+    @property
+    def snapshots(self) -> _snapshot.Snapshots:
+        """The internal snapshots: a sequence, with create, delete, apply, open and diff."""
+        return _snapshot.Snapshots(self)
 
     def stats(self) -> Stats:
         """Counters since the image was opened, and what its caches hold now. Takes no lock."""

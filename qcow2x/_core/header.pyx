@@ -346,6 +346,10 @@ cdef class Header:
         self.fields.l1_offset = l1_offset
         self.fields.l1_size = l1_size
 
+    def set_size(self, uint64_t size):
+        """Says how long the guest disk is, in bytes."""
+        self.fields.size = size
+
     def extension(self, uint32_t kind):
         """The bytes of the first extension of this type, or None."""
         for found, data in self.extensions:

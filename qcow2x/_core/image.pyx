@@ -23,6 +23,8 @@ from qcow2x._core.plan cimport q2_plan
 from qcow2x._core.read cimport guest_extent, read_guest
 from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
+from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
+                                    q2_table, release_clusters, reserve_clusters)
 from qcow2x._core.state cimport begin_request, leave_request
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
@@ -359,6 +361,64 @@ cdef class CoreImage(ImageState):
             pthread_rwlock_unlock(&self.meta)
             pthread_mutex_unlock(&self.commit)
 
+    # ---- Internal snapshots: the tables are made by qcow2x/snapshot.py ---------------------------
+
+    def _reserve(self, nbytes):
+        """Host offset of whole clusters for nbytes, reserved durably; 0 for none."""
+        cdef uint64_t n = (door_length(nbytes) + self.geo.cluster_size - 1
+                           ) >> self.geo.cluster_bits
+        cdef uint64_t host_off = 0
+        cdef q2_status st = Q2_OK
+        if n:
+            with nogil:
+                st = reserve_clusters(self, n, &host_off)
+        check_status(st, self.name)
+        return host_off
+
+    def _unreserve(self, host_off, nbytes):
+        """Gives back what _reserve returned for as many bytes."""
+        cdef uint64_t off = host_off
+        cdef uint64_t n = (door_length(nbytes) + self.geo.cluster_size - 1
+                           ) >> self.geo.cluster_bits
+        cdef q2_status st = Q2_OK
+        if n:
+            with nogil:
+                st = release_clusters(self, off, n)
+        check_status(st, self.name)
+
+    def _snapshot_create(self, l1_copy_off, bytes table, table_off, count, old):
+        cdef q2_table new_table = published(table, table_off, count)
+        cdef q2_old_table old_table = q2_old_table(old[0], old[1])
+        cdef uint64_t off = l1_copy_off
+        cdef q2_status st
+        with nogil:
+            st = create_snapshot(self, off, &new_table, &old_table)
+        check_status(st, self.name)
+
+    def _snapshot_delete(self, l1_off, l1_size, bytes table, table_off, count, old):
+        cdef q2_table new_table = published(table, table_off, count)
+        cdef q2_old_table old_table = q2_old_table(old[0], old[1])
+        cdef uint64_t off = l1_off
+        cdef uint32_t n = l1_size
+        cdef q2_status st
+        with nogil:
+            st = delete_snapshot(self, off, n, &new_table, &old_table)
+        check_status(st, self.name)
+
+    def _snapshot_apply(self, l1_off, l1_size, new_l1_off, new_l1_size, disk_size):
+        cdef uint64_t off = l1_off
+        cdef uint32_t n = l1_size
+        cdef uint64_t new_off = new_l1_off
+        cdef uint32_t new_n = new_l1_size
+        cdef uint64_t size = disk_size
+        cdef q2_status st
+        with nogil:
+            st = apply_snapshot(self, off, n, new_off, new_n, size)
+        check_status(st, self.name)
+
+    def _l1_entries_for(self, nbytes):
+        return l1_entries_for(&self.geo, door_length(nbytes))
+
     # ---- Looking --------------------------------------------------------------------------------
 
     def _plan(self, offset, length):
@@ -530,6 +590,16 @@ cdef class CoreImage(ImageState):
         if off >= self.disk_size:
             return 0
         return nbytes if nbytes <= self.disk_size - off else self.disk_size - off
+
+
+cdef q2_table published(bytes table, host_off, count):
+    """`table` must be kept alive by the caller."""
+    cdef q2_table t
+    t.bytes = <const uint8_t *>PyBytes_AS_STRING(table)
+    t.nbytes = len(table)
+    t.host_off = host_off
+    t.count = count
+    return t
 
 
 cdef uint64_t door_offset(value) except? 0:

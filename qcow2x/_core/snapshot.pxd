@@ -25,6 +25,9 @@ cdef struct q2_old_table:
 # n clusters in a row with refcount 1, durably: leaked if nothing comes of it.
 cdef q2_status reserve_clusters(ImageState img, uint64_t n, uint64_t *host_off) noexcept nogil
 
+# Clusters that were reserved and came to nothing: free after the next flush.
+cdef q2_status release_clusters(ImageState img, uint64_t host_off, uint64_t n) noexcept nogil
+
 # The disk as it is now becomes a snapshot whose L1 table (of l1_size entries, as the active one) goes
 # to l1_copy_off.
 cdef q2_status create_snapshot(ImageState img, uint64_t l1_copy_off, const q2_table *table,

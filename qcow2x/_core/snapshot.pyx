@@ -47,6 +47,15 @@ cdef q2_status reserve_clusters(ImageState img, uint64_t n, uint64_t *host_off) 
     return st
 
 
+cdef q2_status release_clusters(ImageState img, uint64_t host_off, uint64_t n) noexcept nogil:
+    cdef q2_status st
+    pthread_rwlock_wrlock(&img.meta)
+    # Nothing durable ever named them.
+    st = runs_add(&img.limbo[img.epoch & 1], host_off >> img.geo.cluster_bits, n)
+    pthread_rwlock_unlock(&img.meta)
+    return st
+
+
 # ---- Steps, all with commit held and writers frozen ---------------------------------------------
 
 cdef q2_status everything_on_disk(ImageState img) noexcept nogil:

@@ -1,0 +1,373 @@
+"""Internal snapshots: the table in the image, and the objects over it. Section "Snapshots"."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, overload
+
+from qcow2x._core.header import Header
+from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
+
+if TYPE_CHECKING:
+    from qcow2x.image import Image
+    from qcow2x.storage import Storage
+
+#: QEMU's limits, so that an image which one opens the other opens as well.
+MAX_SNAPSHOTS = 65536
+MAX_TABLE_BYTES = 1024 * MAX_SNAPSHOTS
+MAX_EXTRA_BYTES = 1024
+MAX_L1_BYTES = 32 << 20
+
+_FIXED = struct.Struct(">QIHHIIQII")
+_EXTRA = struct.Struct(">QQQ")
+#: No icount was recorded.
+_NO_ICOUNT = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One entry of the snapshot table."""
+
+    id: str
+    name: str
+    #: When it was made, seconds and nanoseconds since the epoch.
+    date_sec: int
+    date_nsec: int
+    #: How long the guest had been running, nanoseconds.
+    vm_clock_nsec: int
+    #: Bytes of machine state saved with it; 0 for a disk-only snapshot.
+    vm_state_size: int
+    #: Size of the disk in it, bytes.
+    disk_size: int
+    #: Instructions executed, for record and replay; None where not recorded.
+    icount: int | None
+    l1_offset: int
+    #: Entries of its L1 table.
+    l1_size: int
+    #: Extra data of the entry past what is known here, kept as it is.
+    unknown_extra: bytes = b""
+    #: Bytes of extra data that the entry has on disk; version 3 asks for at least 16.
+    extra_size: int = _EXTRA.size
+
+    @property
+    def date(self) -> datetime:
+        """When it was made, in UTC, to the microsecond."""
+        made = datetime.fromtimestamp(self.date_sec, timezone.utc)
+        return made.replace(microsecond=self.date_nsec // 1000 % 1_000_000)
+
+
+def read_table(storage: Storage, header: Header) -> list[Snapshot]:
+    """The snapshot table. Raises CorruptImage with the table's offset for one that is damaged,
+    FormatError for one past the limits; takes memory for the entries only."""
+    n, at = header.nb_snapshots, header.snapshots_offset
+    if n == 0:
+        return []
+    if n > MAX_SNAPSHOTS:
+        raise FormatError(f"{storage.name}: {n} snapshots are more than {MAX_SNAPSHOTS}")
+    end = at + MAX_TABLE_BYTES
+    found = []
+    for _ in range(n):
+        snapshot, at = _read_entry(storage, header, at, end)
+        found.append(snapshot)
+    return found
+
+
+def _read_entry(storage: Storage, header: Header, at: int, end: int) -> tuple[Snapshot, int]:
+    fixed = storage.pread(_FIXED.size, at)
+    if len(fixed) < _FIXED.size:
+        raise _damaged(storage, at, "ends inside an entry")
+    l1_offset, l1_size, id_size, name_size, sec, nsec, clock, state32, extra_size = _FIXED.unpack(
+        fixed
+    )
+    if extra_size > MAX_EXTRA_BYTES:
+        raise _damaged(storage, at, f"has an entry with {extra_size} bytes of extra data")
+    rest_size = extra_size + id_size + name_size
+    rest = storage.pread(rest_size, at + _FIXED.size)
+    following = at + (_FIXED.size + rest_size + 7) // 8 * 8
+    if len(rest) < rest_size or following > end:
+        raise _damaged(storage, at, "ends inside an entry")
+    if l1_offset % header.cluster_size or l1_size * 8 > MAX_L1_BYTES:
+        raise _damaged(storage, at, "has an entry whose L1 table is not aligned or too large")
+    extra = rest[:extra_size]
+    state, disk, icount = _EXTRA.unpack(extra[: _EXTRA.size].ljust(_EXTRA.size, b"\xff"))
+    snapshot = Snapshot(
+        id=rest[extra_size : extra_size + id_size].decode("utf-8", "surrogateescape"),
+        name=rest[extra_size + id_size :].decode("utf-8", "surrogateescape"),
+        date_sec=sec,
+        date_nsec=nsec,
+        vm_clock_nsec=clock,
+        vm_state_size=state if extra_size >= 8 else state32,
+        disk_size=disk if extra_size >= 16 else header.size,
+        icount=icount if extra_size >= 24 and icount != _NO_ICOUNT else None,
+        l1_offset=l1_offset,
+        l1_size=l1_size,
+        unknown_extra=extra[_EXTRA.size :],
+        extra_size=extra_size,
+    )
+    return snapshot, following
+
+
+def _damaged(storage: Storage, at: int, what: str) -> CorruptImage:
+    exc = CorruptImage(f"{storage.name}: the snapshot table {what} (offset {at:#x})")
+    exc.path, exc.offset = storage.name, at
+    return exc
+
+
+def encode_table(snapshots: Sequence[Snapshot], version: int) -> bytes:
+    """The table's bytes. An entry keeps the amount of extra data it had, but no less than its
+    version asks for."""
+    out = bytearray()
+    for entry in snapshots:
+        ident = entry.id.encode("utf-8", "surrogateescape")
+        name = entry.name.encode("utf-8", "surrogateescape")
+        icount = _NO_ICOUNT if entry.icount is None else entry.icount
+        extra = _EXTRA.pack(entry.vm_state_size, entry.disk_size, icount)
+        size = max(entry.extra_size, 16 if version >= 3 else 0)
+        extra = extra[: min(size, _EXTRA.size)] + entry.unknown_extra
+        state32 = min(entry.vm_state_size, 0xFFFFFFFF)
+        out += _FIXED.pack(
+            entry.l1_offset,
+            entry.l1_size,
+            len(ident),
+            len(name),
+            entry.date_sec,
+            entry.date_nsec,
+            entry.vm_clock_nsec,
+            state32,
+            len(extra),
+        )
+        out += extra + ident + name
+        out += bytes(-len(out) % 8)
+    return bytes(out)
+
+
+def find(snapshots: Sequence[Snapshot], key: str, where: str) -> Snapshot:
+    """The snapshot with this id, else the one with this name; KeyError if there is none."""
+    for attribute in ("id", "name"):
+        for snapshot in snapshots:
+            if getattr(snapshot, attribute) == key:
+                return snapshot
+    raise KeyError(f"{where}: there is no snapshot with the id or name {key!r}")
+
+
+def header_at(header: Header, snapshot: Snapshot, name: str) -> Header:
+    """A header through which the disk is seen as the snapshot holds it."""
+    seen = Header.parse(header.encode(), None, name)
+    seen.set_tables(
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        snapshot.l1_offset,
+        snapshot.l1_size,
+    )
+    seen.set_size(snapshot.disk_size)
+    return seen
+
+
+def _bytes_in_file(table: Sequence[Snapshot]) -> int:
+    # Version 2 adds no extra data that an entry did not have.
+    return len(encode_table(table, 2))
+
+
+class Snapshots(Sequence[Snapshot]):
+    """The internal snapshots of an open image, in the order of the table: ``image.snapshots``.
+
+    A sequence of :class:`Snapshot`. What changes the table needs mode ``"r+"``; writers wait
+    meanwhile, readers do not. Each change is durable at return, and whole or not there after a cut
+    of power. A snapshot is named by its id or, where no id is like that, its name.
+    """
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+
+    def _table(self) -> list[Snapshot]:
+        return read_table(self._image._file, self._image._header)
+
+    @overload
+    def __getitem__(self, index: int) -> Snapshot: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Snapshot]: ...
+    def __getitem__(self, index: int | slice) -> Snapshot | Sequence[Snapshot]:
+        return self._table()[index]
+
+    def __len__(self) -> int:
+        return self._image._header.nb_snapshots
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self._table())
+
+    def get(self, key: str) -> Snapshot:
+        """The snapshot with this id or name. Raises KeyError."""
+        return find(self._table(), key, self._image.name)
+
+    def create(self, name: str) -> Snapshot:
+        """Makes a snapshot of the disk as it is, everything written before included.
+
+        Raises ValueError for a name that is empty or too long, UnsupportedFeature where refcounts
+        are too narrow to count one more reference, or the table is full.
+        """
+        image = self._image
+        encoded = name.encode("utf-8", "surrogateescape")
+        if not encoded or len(encoded) > 0xFFFF or b"\0" in encoded:
+            raise ValueError(f"{image.name}: not a name for a snapshot: {name!r}")
+        with image._exclusive:
+            self._need_writable()
+            header = image._header
+            if header.refcount_bits == 1:
+                raise UnsupportedFeature(
+                    f"{image.name}: refcounts of 1 bit cannot count a snapshot's references",
+                    features=("snapshots with 1-bit refcounts",),
+                )
+            table = self._table()
+            old = (header.snapshots_offset, _bytes_in_file(table))
+            numbers = [int(entry.id) for entry in table if entry.id.isdecimal()]
+            now = time.time_ns()
+            made = Snapshot(
+                id=str(max(numbers, default=0) + 1),
+                name=name,
+                date_sec=now // 10**9 & 0xFFFFFFFF,
+                date_nsec=now % 10**9,
+                vm_clock_nsec=0,
+                vm_state_size=0,
+                disk_size=image.size,
+                icount=None,
+                l1_offset=image._reserve(header.l1_size * 8),
+                l1_size=header.l1_size,
+            )
+            table.append(made)
+            encoded_table = self._encode(table)
+            with (
+                self._reserved(made.l1_size * 8, made.l1_offset),
+                self._reserved(len(encoded_table)) as table_off,
+            ):
+                image._snapshot_create(made.l1_offset, encoded_table, table_off, len(table), old)
+            # The old table's clusters become free with the flush.
+            image.flush()
+        return made
+
+    def delete(self, key: str) -> None:
+        """Deletes a snapshot and gives back what only it held. Raises KeyError."""
+        image = self._image
+        with image._exclusive:
+            self._need_writable()
+            table = self._table()
+            gone = find(table, key, image.name)
+            old = (image._header.snapshots_offset, _bytes_in_file(table))
+            table.remove(gone)
+            encoded_table = self._encode(table)
+            with self._reserved(len(encoded_table)) as table_off:
+                image._snapshot_delete(
+                    gone.l1_offset, gone.l1_size, encoded_table, table_off, len(table), old
+                )
+
+    def apply(self, key: str) -> None:
+        """Makes the disk what it was when the snapshot was made, also its size. What was written
+        since is lost, unless another snapshot holds it. Raises KeyError."""
+        image = self._image
+        with image._exclusive:
+            self._need_writable()
+            wanted = self.get(key)
+            entries = max(wanted.l1_size, image._l1_entries_for(wanted.disk_size))
+            with self._reserved(entries * 8) as l1_off:
+                image._snapshot_apply(
+                    wanted.l1_offset, wanted.l1_size, l1_off, entries, wanted.disk_size
+                )
+
+    def open(self, key: str) -> Image:
+        """The disk as the snapshot holds it, read-only; several may be open at once. It reads the
+        file of this image and must be closed before it, and before the snapshot is deleted."""
+        from qcow2x.image import Image
+
+        image = self._image
+        wanted = self.get(key)
+        if image.writable:
+            image.flush()
+        header = header_at(image._header, wanted, image.name)
+        return Image(image._file, header, backing=image._backing)
+
+    def diff(self, a: str, b: str | None = None) -> Iterator[tuple[int, int]]:
+        """The ranges ``(offset, length)`` in which two snapshots (or one and the disk as it is, for
+        ``b=None``) may differ, from metadata alone: what is stored in the same place is the same.
+        Past the end of the shorter disk everything differs."""
+        with self.open(a) as first:
+            if b is None:
+                yield from differences(first, self._image)
+            else:
+                with self.open(b) as second:
+                    yield from differences(first, second)
+
+    @contextmanager
+    def _reserved(self, nbytes: int, host_off: int | None = None) -> Iterator[int]:
+        """Clusters for a table, given back if what they are for comes to nothing."""
+        if host_off is None:
+            host_off = self._image._reserve(nbytes)
+        try:
+            yield host_off
+        except UnsupportedFeature:
+            # Refused before anything was changed. After any other failure the image is poisoned
+            # and what was reserved is leaked, for a repair to find.
+            self._image._unreserve(host_off, nbytes)
+            self._image.flush()
+            raise
+
+    def _encode(self, table: list[Snapshot]) -> bytes:
+        encoded = encode_table(table, self._image._header.version)
+        if len(table) > MAX_SNAPSHOTS or len(encoded) > MAX_TABLE_BYTES:
+            raise UnsupportedFeature(
+                f"{self._image.name}: the snapshot table is full",
+                features=(f"more than {MAX_SNAPSHOTS} snapshots",),
+            )
+        return encoded
+
+    def _need_writable(self) -> None:
+        if not self._image.writable:
+            raise PermissionError(f"{self._image.name}: is open read-only")
+
+
+def differences(a: Image, b: Image) -> Iterator[tuple[int, int]]:
+    """Ranges in which the mappings of two views of one file differ."""
+    end = min(a.size, b.size)
+    start = 0
+    open_at: int | None = None
+    left, right = _mapping(a, end), _mapping(b, end)
+    x, y = next(left, None), next(right, None)
+    while x is not None and y is not None:
+        stop = min(x[1], y[1])
+        same = x[2] == y[2] and (
+            x[3] == y[3] if x[3] is None or y[3] is None else x[3] - x[0] == y[3] - y[0]
+        )
+        if same and open_at is not None:
+            yield open_at, start - open_at
+            open_at = None
+        elif not same and open_at is None:
+            open_at = start
+        start = stop
+        if x[1] == stop:
+            x = next(left, None)
+        if y[1] == stop:
+            y = next(right, None)
+    longest = max(a.size, b.size)
+    if open_at is None and longest > end:
+        open_at = end
+    if open_at is not None:
+        yield open_at, max(longest, end) - open_at
+
+
+def _mapping(image: Image, end: int) -> Iterator[tuple[int, int, int, int | None]]:
+    """(start, end, kind, host offset or None) of this layer alone."""
+    at = 0
+    while at < end:
+        for start, nbytes, kind, host in image._plan(at, end - at):
+            # Zeros are zeros wherever a cluster is kept for them; a compressed cluster has one
+            # place for all of its bytes.
+            place: int | None = host
+            if kind in (0, 2):
+                place = None
+            elif kind == 3:
+                place = host + start
+            yield start, start + nbytes, kind, place
+            at = start + nbytes
