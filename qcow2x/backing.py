@@ -29,8 +29,10 @@ FORMATS = ("qcow2", "raw")
 
 
 def reference_to(kind: str, name: str, fmt: str | None, referrer: str) -> Reference:
-    """The Reference for ``name`` as it stands in the image ``referrer``."""
-    return Reference(kind, name, fmt, referrer, _plain_path(name, referrer))
+    """The Reference for ``name`` as it stands in the image ``referrer``. A backing file's relative
+    name counts from the referrer's folder; a data file's, as QEMU has it, from the working one."""
+    path = _plain_path(name, referrer if kind == "backing" else "")
+    return Reference(kind, name, fmt, referrer, path)
 
 
 def _plain_path(name: str, referrer: str) -> str | None:

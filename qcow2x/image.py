@@ -14,7 +14,7 @@ from qcow2x import backing as _backing
 from qcow2x import snapshot as _snapshot
 from qcow2x._core.header import Header
 from qcow2x._core.image import CoreImage
-from qcow2x.errors import CorruptImage, UnsupportedFeature
+from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
 from qcow2x.locking import ImageLock, lock_image
 from qcow2x.storage import FileStorage, Storage, open_storage
 from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
@@ -42,7 +42,7 @@ def open(
     lock: bool = True,
     l2_cache_size: int | None = None,
     backing: Source | bool | None = None,
-    data_file: Source | None = None,
+    data_file: Source | bool | None = None,
 ) -> Image:
     """Opens a qcow2 image.
 
@@ -57,6 +57,9 @@ def open(
     Image; ``False`` opens the image without one, and a read that would need it raises.
 
     ``snapshot`` opens the disk as the internal snapshot with that id or name holds it, read-only.
+
+    ``data_file`` gives the external data file outright, as ``backing`` does for the backing file;
+    ``False`` opens an image without it, and a read that would need it raises.
 
     ``cache`` is one of QEMU's modes: ``writeback`` (durable at flush), ``none`` (the same past the
     host's page cache), ``writethrough`` and ``directsync`` (durable at return, the latter past the
@@ -74,11 +77,7 @@ def open(
         raise ValueError(f'mode must be "r" or "r+", not {mode!r}')
     if snapshot is not None and mode != "r":
         raise ValueError('a snapshot can only be opened with mode "r"')
-    if data_file is not None:
-        raise UnsupportedFeature(
-            "external data files are not supported", features=("external data file",)
-        )
-    opener = _Opener(references, cache, l2_cache_size, lock, snapshot)
+    opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file)
     return opener.open(source, mode == "r+", backing, key)
 
 
@@ -92,12 +91,14 @@ class _Opener:
         l2_cache_size: int | None,
         lock: bool,
         snapshot: str | None,
+        data_file: Source | bool | None,
     ) -> None:
         self.references = references
         self.cache = cache
         self.l2_cache_size = l2_cache_size
         self.lock = lock
         self.snapshot = snapshot
+        self.data_file = data_file
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -106,7 +107,7 @@ class _Opener:
     ) -> Image:
         # The layers are opened from the top down and stacked from the bottom up, in a loop: a
         # chain of a thousand must not need a thousand Python frames.
-        layers: list[tuple[Storage, Header, bool]] = []
+        layers: list[tuple[Storage, Header, Storage | None]] = []
         bottom: Storage | None = None
         mine: list[Storage] = []
         try:
@@ -124,7 +125,8 @@ class _Opener:
                         _snapshot.read_table(storage, header), self.snapshot, storage.name
                     )
                     header = _snapshot.header_at(header, wanted, storage.name)
-                layers.append((storage, header, owned))
+                data = self._data_storage(storage, header, writable and top, top, mine)
+                layers.append((storage, header, data))
                 if header.backing_file is None:
                     break
                 reference = _backing.reference_to(
@@ -152,12 +154,13 @@ class _Opener:
                 raise ValueError(f"{layers[0][0].name}: backing= given, but it has no backing file")
             image: Image | None = None
             while layers:
-                storage, header, _ = layers.pop()
+                storage, header, data = layers.pop()
                 below = image if image is not None else bottom
                 image = Image(
                     storage,
                     header,
                     backing=below,
+                    data=data,
                     l2_cache_size=self.l2_cache_size,
                     writable=writable and not layers,
                 )
@@ -170,6 +173,32 @@ class _Opener:
                 lock.release()
             for storage in mine:
                 storage.close()
+
+    def _data_storage(
+        self, storage: Storage, header: Header, writable: bool, top: bool, mine: list[Storage]
+    ) -> Storage | None:
+        """The external data file of a layer, opened under the same policy as a backing file."""
+        given = self.data_file if top else None
+        if not header.has_data_file:
+            if given not in (None, False, True):
+                raise ValueError(f"{storage.name}: data_file= given, but it has no data file")
+            return None
+        reference = _backing.reference_to("data-file", header.data_file or "", "raw", storage.name)
+        if given is False:
+            return open_storage(_backing.Withheld(reference))
+        if given is None or given is True:
+            if header.data_file is None:
+                raise FormatError(
+                    f"{storage.name}: needs an external data file but does not name it; "
+                    "pass data_file="
+                )
+            given = _backing.resolve(reference, self.references)
+        data, owned = self._storage(given, writable)
+        if owned:
+            mine.append(data)
+        self._take_lock(data, writable)
+        self.chain.enter(data)
+        return data
 
     def _take_lock(self, storage: Storage, writable: bool) -> None:
         if self.lock:
@@ -193,8 +222,6 @@ def _refuse_unsupported(header: Header, name: str, writable: bool, key: object) 
     needs = []
     if header.encryption is not None:
         needs.append(f"{header.encryption} encryption")
-    if header.has_data_file:
-        needs.append("external data file")
     if needs:
         raise UnsupportedFeature(
             f"{name}: the image needs what is not supported yet: {', '.join(needs)}",
@@ -363,7 +390,11 @@ class Image(CoreImage):
                 f"{self.name}: cannot shrink, or resize a version 2 image, with internal snapshots",
                 features=("resize with snapshots",),
             )
+        if self._header.data_file_raw and size > old:
+            self._data.truncate(size)
         self._resize(size)
+        if self._header.data_file_raw and size < old:
+            self._data.truncate(size)
         if preallocation != "off" and size > old:
             self._preallocate(preallocation, old)
 
@@ -374,6 +405,11 @@ class Image(CoreImage):
         offset = min(end, -(-offset // self.cluster_size) * self.cluster_size)
         self._allocate(offset, end - offset)
         if mode == "metadata":
+            self.flush()
+            return
+        if self._header.has_data_file:
+            if mode in ("falloc", "full"):
+                self._data.reserve(offset, end - offset)
             self.flush()
             return
         blank = bytes(1 << 20)
@@ -494,7 +530,8 @@ def _layer_run(
     if kind != _UNALLOCATED:
         host_offset = host if host and kind != _COMPRESSED else None
         zero = kind == _ZERO
-        name = layers[depth].name
+        layer = layers[depth]
+        name = layer._data.name if isinstance(layer, Image) else layer.name
         return [Extent(at, nbytes, not zero, zero, kind == _COMPRESSED, depth, host_offset, name)]
     below = depth + 1
     if below == len(layers):

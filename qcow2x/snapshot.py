@@ -217,6 +217,11 @@ class Snapshots(Sequence[Snapshot]):
         with image._exclusive:
             self._need_writable()
             header = image._header
+            if header.has_data_file:
+                raise UnsupportedFeature(
+                    f"{image.name}: an image with an external data file has no snapshots",
+                    features=("snapshots with an external data file",),
+                )
             if header.refcount_bits == 1:
                 raise UnsupportedFeature(
                     f"{image.name}: refcounts of 1 bit cannot count a snapshot's references",

@@ -66,6 +66,9 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
     tail.guest_off = cow.tail_off
     tail.nbytes = cow.tail_bytes
     head.scratch = tail.scratch = NULL
+    # An external data file ends where the disk does: nothing is written past that.
+    if img.geo.external_data and tail.guest_off + tail.nbytes > img.disk_size:
+        tail.nbytes = img.disk_size - tail.guest_off if tail.guest_off < img.disk_size else 0
     st = fetch_side(img, &head, fresh)
     if st == Q2_OK:
         st = fetch_side(img, &tail, fresh)
@@ -79,7 +82,7 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
             n += 1
         n = add_side(iov, n, &tail)
         if n:
-            st = img.file.writev_at(Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE, iov, n,
+            st = img.data.writev_at(Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE, iov, n,
                                     host_off, WRITE_DEFERRED)
     scratch_give(head.scratch, head.nbytes)
     scratch_give(tail.scratch, tail.nbytes)

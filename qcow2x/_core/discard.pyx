@@ -18,7 +18,7 @@ from qcow2x._core.plan cimport Q2_KIND_ZERO
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport q2_extent
+from qcow2x._core.storage cimport ZERO_MAY_UNMAP, q2_extent
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_ZERO
 from qcow2x._core.write cimport write_guest
@@ -39,7 +39,7 @@ cdef q2_status change_cluster(ImageState img, uint8_t what, uint64_t guest_cl, q
     """meta, exclusive: one whole guest cluster."""
     cdef q2_l2e old = load_l2e(&img.geo, at)
     cdef q2_l2e new
-    cdef bint keep = (what == ZERO_KEEP and not is_compressed(old) and host_cluster(old) != 0
+    cdef bint keep = (what == ZERO_KEEP and not is_compressed(old) and has_cluster(&img.geo, old)
                       and entry_is_ours(img, guest_cl, old))
     cdef q2_status st
     new.entry = 0
@@ -102,6 +102,22 @@ cdef q2_status change_slice(ImageState img, uint8_t what, uint64_t guest_cl, uin
     return Q2_OK
 
 
+cdef q2_status clear_data_file(ImageState img, uint64_t guest_off, uint64_t end,
+                               bint may_unmap) noexcept nogil:
+    """The same range of an external data file: zeros if it is to read as the disk by itself, else
+    only a hole. Before the mapping changes, so that it cannot hit what is written after."""
+    if end > img.disk_size:
+        end = img.disk_size
+    if not img.geo.external_data or guest_off >= end:
+        return Q2_OK
+    if img.raw_data:
+        return img.data.zero_range(Q2_SITE_ZERO_WRITE, guest_off, end - guest_off,
+                                   ZERO_MAY_UNMAP if may_unmap else 0)
+    if may_unmap and img.discard_to_host:
+        return img.data.punch_hole(Q2_SITE_PUNCH, guest_off, end - guest_off)
+    return Q2_OK
+
+
 cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
                                uint64_t end_cl) noexcept nogil:
     cdef uint64_t miss = 0, turn = 0, done
@@ -109,6 +125,9 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
     cdef q2_status st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
+    if what != UNMAP:
+        st = clear_data_file(img, guest_cl << img.geo.cluster_bits,
+                             end_cl << img.geo.cluster_bits, what != ZERO_KEEP)
     while guest_cl < end_cl and st == Q2_OK:
         done = 0
         pthread_rwlock_wrlock(&img.meta)
@@ -186,7 +205,8 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
     handled[0] = False
     if st != Q2_OK:
         return st
-    while True:
+    st = clear_data_file(img, guest_off, end, False)
+    while st == Q2_OK:
         pthread_rwlock_wrlock(&img.meta)
         if overlaps_inflight(img, guest_cl, 1):
             st = Q2_BUSY
@@ -197,7 +217,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                 st = find_entry(img, guest_cl, &slot, &at, &left, &miss)
             if st == Q2_OK:
                 e = load_l2e(&img.geo, at)
-                if not is_compressed(e) and (host_cluster(e) == 0
+                if not is_compressed(e) and (not has_cluster(&img.geo, e)
                                              or entry_is_ours(img, guest_cl, e)):
                     mask = subcluster_bits(first, n)
                     e.bitmap = (e.bitmap & ~mask) | (mask << 32)
@@ -207,10 +227,9 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
         pthread_rwlock_unlock(&img.meta)
         if st == Q2_BUSY:
             room_wait(img, turn)
+            st = Q2_OK
         elif st == Q2_MISS:
             st = load_slice(img, miss)
-            if st != Q2_OK:
-                break
         else:
             break
     leave_write(img, parity)

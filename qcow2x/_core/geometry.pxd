@@ -17,6 +17,7 @@ cdef struct q2_geometry:
     uint64_t refcount_max
     uint32_t comp_shift             # bits of a compressed descriptor that hold the host offset
     uint64_t comp_sectors_mask
+    bint external_data              # guest data lies in a file of its own, at its guest offset
 
 
 cdef inline void set_geometry(q2_geometry *g, uint32_t version, uint32_t cluster_bits,

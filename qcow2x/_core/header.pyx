@@ -346,6 +346,13 @@ cdef class Header:
         self.fields.l1_offset = l1_offset
         self.fields.l1_size = l1_size
 
+    def use_data_file(self, name, bint raw):
+        """Says that guest data lies in the file `name`; raw: that it reads as the disk by itself."""
+        self.data_file = name
+        self.fields.incompat |= Q2_INCOMPAT_DATA_FILE
+        if raw:
+            self.fields.autoclear |= Q2_AUTOCLEAR_RAW_DATA
+
     def set_size(self, uint64_t size):
         """Says how long the guest disk is, in bytes."""
         self.fields.size = size

@@ -30,7 +30,7 @@ from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport Q2_HDR_AUTOCLEAR, q2_load_be64, q2_store_be64
+from qcow2x._core.wire cimport Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR, q2_load_be64, q2_store_be64
 from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
@@ -46,9 +46,10 @@ cdef class CoreImage(ImageState):
     """
 
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
-                 l2_cache_size=None, bint writable=False, bint discard_to_host=True):
+                 Storage data=None, l2_cache_size=None, bint writable=False, bint discard_to_host=True):
         cdef q2_status st
         self.file = file
+        self.data = file if data is None else data
         self.header = header
         self.name = file.name
         self.read_only = not writable
@@ -58,6 +59,8 @@ cdef class CoreImage(ImageState):
         self.align = 1
         set_geometry(&self.geo, header.fields.version, header.fields.cluster_bits,
                      header.fields.refcount_order, header.extended_l2)
+        self.geo.external_data = data is not None
+        self.raw_data = data is not None and header.data_file_raw
         self.disk_size = header.fields.size
         if l2_cache_size is None:
             l2_cache_size = DEFAULT_L2_CACHE
@@ -338,17 +341,19 @@ cdef class CoreImage(ImageState):
     def _clear_autoclear(self):
         """Autoclear features promise what a writer keeps up to date; those not kept here end with
         the first writer (section "Header", autoclear_features)."""
+        cdef uint64_t kept = Q2_AUTOCLEAR_RAW_DATA if self.raw_data else 0
         cdef q2_status st
-        if self.geo.version < 3 or self.header.fields.autoclear == 0:
+        if self.geo.version < 3 or self.header.fields.autoclear & ~kept == 0:
             return
+        kept &= self.header.fields.autoclear
         with nogil:
-            q2_store_be64(self.head + Q2_HDR_AUTOCLEAR, 0)
+            q2_store_be64(self.head + Q2_HDR_AUTOCLEAR, kept)
             st = self.file.write_at(Q2_SITE_HEADER_UPDATE, self.head, 512, 0, WRITE_DEFERRED)
             if st == Q2_OK:
                 # Edge: cleared before anything is written that would make the promise false.
                 st = self.file.sync(Q2_SITE_BARRIER)
         check_status(st, self.name)
-        self.header.fields.autoclear = 0
+        self.header.fields.autoclear = kept
 
     def _forget_refcounts(self):
         """After a repair changed them in the file: what is cached is read again."""
@@ -476,6 +481,10 @@ cdef class CoreImage(ImageState):
     @property
     def _backing(self):
         return self.backing
+
+    @property
+    def _data(self):
+        return self.data
 
     def _counters(self):
         """The figures behind Image.stats(), in the order of qcow2x.types.Stats."""

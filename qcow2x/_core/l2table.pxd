@@ -29,9 +29,16 @@ cdef inline bint is_compressed(q2_l2e e) noexcept nogil:
     return (e.entry & Q2_OFLAG_COMPRESSED) != 0
 
 
-# Host offset of the cluster a standard entry keeps, 0 for none. Not for compressed entries.
+# Host offset of the cluster a standard entry keeps. Not for compressed entries.
 cdef inline uint64_t host_cluster(q2_l2e e) noexcept nogil:
     return e.entry & Q2_L2E_OFFSET_MASK
+
+
+# Whether a standard entry keeps a cluster. Offset 0 is the header's place and means none, but in an
+# external data file it is the disk's first cluster, told from none by the COPIED flag.
+cdef inline bint has_cluster(const q2_geometry *g, q2_l2e e) noexcept nogil:
+    return (e.entry & Q2_L2E_OFFSET_MASK) != 0 or (
+        g.external_data and (e.entry & Q2_OFLAG_COPIED) != 0)
 
 
 cdef inline uint64_t compressed_offset(const q2_geometry *g, q2_l2e e) noexcept nogil:
@@ -61,7 +68,7 @@ cdef inline uint8_t subcluster_kind(const q2_geometry *g, q2_l2e e, uint32_t sc)
         # Version 2 knows no zero flag; there the bit is reserved and ignored, as QEMU does.
         if e.entry & Q2_OFLAG_ZERO and g.version >= 3:
             return Q2_KIND_ZERO
-        return Q2_KIND_DATA if e.entry & Q2_L2E_OFFSET_MASK else Q2_KIND_UNALLOCATED
+        return Q2_KIND_DATA if has_cluster(g, e) else Q2_KIND_UNALLOCATED
     if (e.bitmap >> (32 + sc)) & 1:
         return Q2_KIND_ZERO
     if (e.bitmap >> sc) & 1:

@@ -26,8 +26,9 @@ cdef inline bint append(q2_plan *plan, bint for_write, uint8_t kind, uint64_t gu
     cdef q2_extent *last
     if plan.n:
         last = &plan.extent[plan.n - 1]
+        # Host offset 0 means no place, except for data, which in a data file may begin there.
         if (last.kind == kind and kind != Q2_KIND_COMPRESSED
-                and (host_off == 0 if last.host_off == 0
+                and (host_off == 0 if last.host_off == 0 and kind != Q2_KIND_DATA
                      else last.host_off + last.nbytes == host_off)
                 and (not for_write or last.in_place == in_place)):
             last.nbytes += nbytes
@@ -52,6 +53,12 @@ cdef q2_status check_host_cluster(ImageState img, uint64_t host_off,
     if host_off & (img.geo.cluster_size - 1):
         return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, guest_off,
                     b"L2 entry of this guest offset is not cluster aligned")
+    if img.geo.external_data:
+        # Each cluster has one place there; a data file that is too short reads as zeros.
+        if host_off != guest_off & ~(img.geo.cluster_size - 1):
+            return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, guest_off,
+                        b"L2 entry of this guest offset names another place in the data file")
+        return Q2_OK
     if host_off >= q2_load(&img.host_size):
         return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, guest_off,
                     b"L2 entry of this guest offset points past the end of the file")
@@ -153,7 +160,7 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
                                     b" of the file")
                 else:
                     host_off = host_cluster(e)
-                    if host_off:
+                    if has_cluster(&img.geo, e):
                         if kind != Q2_KIND_UNALLOCATED:
                             st = check_host_cluster(img, host_off, pos)
                             if st != Q2_OK:
@@ -238,11 +245,13 @@ cdef q2_status entry_changed(ImageState img, q2_slot *slot, uint8_t *at) noexcep
 
 cdef q2_status drop_entry(ImageState img, q2_l2e e) noexcept nogil:
     cdef uint64_t first, last
+    if img.geo.external_data:
+        return Q2_OK            # nothing there is counted, or used for anything else
     if is_compressed(e):
         first = compressed_offset(&img.geo, e) >> img.geo.cluster_bits
         last = (compressed_offset(&img.geo, e) + compressed_bytes(&img.geo, e) - 1
                 ) >> img.geo.cluster_bits
         return runs_add(&img.dropped, first, last - first + 1)
-    if host_cluster(e) == 0:
+    if not has_cluster(&img.geo, e):
         return Q2_OK
     return runs_add(&img.dropped, host_cluster(e) >> img.geo.cluster_bits, 1)

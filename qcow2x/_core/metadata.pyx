@@ -247,6 +247,11 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
         q2_raise_to(&img.refblock_seq, q2_load(&img.file.write_seq))
     if l2.n or l1.n:
         # Edges: refcounts before references; data that replaces old data before its mapping.
+        # (An external data file has a count of its own, and no reason not to be asked each time.)
+        if img.geo.external_data:
+            st = img.data.sync(Q2_SITE_BARRIER)
+            if st != Q2_OK:
+                return st
         if data_seq < q2_load(&img.refblock_seq):
             data_seq = q2_load(&img.refblock_seq)
         st = barrier_for(img, data_seq)
@@ -289,6 +294,8 @@ cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nog
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_OK:
         st = poison_unless_full(img, write_ranks(img, &refblocks, &l2, &l1, data_seq))
+    if st == Q2_OK and make_durable and img.geo.external_data:
+        st = poison_unless_full(img, img.data.sync(Q2_SITE_FLUSH))
     if st == Q2_OK and make_durable:
         st = poison_unless_full(img, img.file.sync(Q2_SITE_FLUSH))
     pthread_rwlock_wrlock(&img.meta)

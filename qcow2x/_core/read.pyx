@@ -43,7 +43,7 @@ cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *bu
 
 cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
     if ext.kind == Q2_KIND_DATA:
-        return img.file.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
+        return img.data.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
     if ext.kind == Q2_KIND_COMPRESSED:
         return read_compressed(img, ext, buf)
     if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):

@@ -44,7 +44,9 @@ cdef struct q2_counters:
 cdef class ImageState(Storage):
     cdef q2_geometry geo
     cdef Header header
-    cdef Storage file               # metadata, and data too
+    cdef Storage file               # metadata, and data too unless data is another
+    cdef Storage data               # guest data: the same as file without an external data file
+    cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size
     cdef bint durable               # writethrough, directsync: a write returns when it is durable

@@ -39,6 +39,8 @@ cdef extern from "qcow2x/format.h" nogil:
     uint64_t Q2_INCOMPAT_EXTL2
     uint64_t Q2_INCOMPAT_KNOWN
     uint64_t Q2_COMPAT_LAZY_REFCOUNTS
+    uint64_t Q2_AUTOCLEAR_BITMAPS
+    uint64_t Q2_AUTOCLEAR_RAW_DATA
     uint64_t Q2_OFLAG_COPIED
     uint64_t Q2_OFLAG_COMPRESSED
     uint64_t Q2_OFLAG_ZERO

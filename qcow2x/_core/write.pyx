@@ -11,6 +11,7 @@ from libc.stdint cimport int32_t
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport q2_cow, write_with_cow
+from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_if_metadata_changed
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.l2table cimport *
@@ -21,7 +22,7 @@ from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, q2_plan
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, q2_extent
+from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, q2_extent
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED
 
@@ -47,7 +48,7 @@ cdef uint8_t classify(ImageState img, uint64_t guest_cl, q2_l2e e, uint64_t gues
     cdef uint64_t start = guest_cl << img.geo.cluster_bits
     cdef uint64_t stop = start + img.geo.cluster_size
     cdef uint32_t sc, last
-    if is_compressed(e) or host_cluster(e) == 0 or not entry_is_ours(img, guest_cl, e):
+    if is_compressed(e) or not has_cluster(&img.geo, e) or not entry_is_ours(img, guest_cl, e):
         return RENEW
     if start < guest_off:
         start = guest_off
@@ -136,7 +137,9 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
             break
         n += 1
     w.fresh = False
-    if w.what == RENEW:
+    if w.what == RENEW and img.geo.external_data:
+        w.host_off = first_cl << cbits
+    elif w.what == RENEW:
         st = alloc_clusters(img, n, &first_host, &got, &w.fresh, miss)
         if st != Q2_OK:
             return st
@@ -217,7 +220,7 @@ cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept n
         pthread_rwlock_wrlock(&img.meta)
         if outcome == Q2_OK:
             st = link(img, w, &miss)
-        elif w.what == RENEW:
+        elif w.what == RENEW and not img.geo.external_data:
             st = release_unlinked(img, w.host_off >> img.geo.cluster_bits, w.owned.n_clusters,
                                   &released, &miss)
         else:
@@ -307,7 +310,7 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
     for i in range(plan.n):
         if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place:
             break
-        st = img.file.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
+        st = img.data.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
                                plan.extent[i].host_off, flags)
         if st != Q2_OK:
             return st
@@ -356,7 +359,12 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
             guest_off += img.geo.cluster_size
             continue
         run = w.owned.n_clusters << img.geo.cluster_bits
-        if not w.fresh:
+        if img.geo.external_data:
+            # A new data file, or what discards left there: zeros, holes where the host can.
+            st = img.data.zero_range(Q2_SITE_PREALLOCATE, w.host_off,
+                                     run if w.host_off + run <= img.disk_size
+                                     else img.disk_size - w.host_off, ZERO_MAY_UNMAP)
+        elif not w.fresh:
             st = img.file.zero_range(Q2_SITE_PREALLOCATE, w.host_off, run, 0)
         else:
             # The file must reach as far as its mappings say, or check calls them corrupt. A write
@@ -436,6 +444,9 @@ cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t str
     cdef uint64_t miss = 0, turn = 0
     cdef uint32_t parity = 0
     cdef q2_status st = may_write(img)
+    if st == Q2_OK and img.geo.external_data:
+        st = fail(Q2_E_UNSUPPORTED, Q2_SITE_COMPRESSED_WRITE, guest_off,
+                  b"an external data file holds no compressed clusters")
     if st == Q2_OK:
         st = begin_write_request(img, &parity)
     if st != Q2_OK:

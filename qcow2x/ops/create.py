@@ -52,7 +52,7 @@ def create(
     lazy_refcounts: bool = False,
     extended_l2: bool = False,
     compression_type: str = "zlib",
-    data_file: str | None = None,
+    data_file: str | os.PathLike[str] | None = None,
     data_file_raw: bool = False,
     encryption: str | None = None,
 ) -> None:
@@ -83,7 +83,8 @@ def create(
     created here, ImageLocked if another program has the existing image open, FormatError if the backing file is not what ``backing_format`` says, and
     OSError (NoSpace, StorageError) from the file.
     """
-    _refuse_unsupported(data_file, data_file_raw, encryption)
+    _refuse_unsupported(encryption)
+    data_name = _data_name(data_file, data_file_raw, backing_file, compat)
     version = _one_of("compat", compat, COMPAT_VERSIONS)
     compression = _one_of("compression_type", compression_type, COMPRESSION_TYPES)
     cluster_bits = _cluster_bits(cluster_size)
@@ -109,9 +110,14 @@ def create(
         backing_file=backing_name,
         backing_format=backing_format,
     )
+    if data_name is not None:
+        header.use_data_file(data_name, data_file_raw)
+        if data_file_raw and preallocation == "off":
+            # Only with every cluster mapped to its place does the data file read as the disk.
+            preallocation = "metadata"
     header.encode()  # raises ValueError if the names do not fit in a cluster
     _refuse_own_backing(path, backing_name)
-    with _target(path) as storage:
+    with _target(path) as storage, _data_target(path, data_name, header.size):
         if preallocation == "off":
             write_empty_image(storage, header)
         else:
@@ -125,7 +131,10 @@ def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
     backing_file, backing_format = header.backing_file, header.backing_format
     header.backing_file = header.backing_format = None
     write_empty_image(storage, header)
-    with _unsynced(storage) as target, open_image(target, "r+", lock=False) as image:
+    with (
+        _unsynced(storage) as target,
+        open_image(target, "r+", lock=False, references="follow") as image,
+    ):
         image._preallocate(mode)
     if backing_file is not None:
         header = Header.load(storage.pread, storage.size(), storage.name)
@@ -138,18 +147,51 @@ def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
 # --- arguments -----------------------------------------------------------------------------
 
 
-def _refuse_unsupported(data_file: str | None, data_file_raw: bool, encryption: str | None) -> None:
-    if data_file_raw and data_file is None:
-        raise ValueError("data_file_raw needs a data_file")
+def _refuse_unsupported(encryption: str | None) -> None:
     wanted = []
-    if data_file is not None:
-        wanted.append("external data file")
     if encryption is not None:
         wanted.append(f"{encryption} encryption")
     if wanted:
         raise UnsupportedFeature(
             f"cannot create an image with {' and '.join(wanted)}", features=tuple(wanted)
         )
+
+
+def _data_name(
+    data_file: str | os.PathLike[str] | None,
+    raw: bool,
+    backing_file: str | os.PathLike[str] | None,
+    compat: str,
+) -> str | None:
+    if data_file is None:
+        if raw:
+            raise ValueError("data_file_raw needs a data_file")
+        return None
+    name = os.fsdecode(data_file)
+    if not name or "\0" in name or not _is_plain_path(name):
+        raise ValueError("data_file must be a plain path")
+    if raw and backing_file is not None:
+        raise ValueError("a raw data file is the whole disk: it cannot have a backing_file")
+    if COMPAT_VERSIONS.get(compat, 3) < 3:
+        raise ValueError("data_file needs compat='1.1' or newer")
+    return name
+
+
+@contextmanager
+def _data_target(path: Source, name: str | None, size: int) -> Iterator[None]:
+    """The empty data file, removed again if the body fails. As QEMU has it, a relative name counts
+    from the working folder, not from that of the image."""
+    if name is None:
+        yield
+        return
+    if _is_path(path) and os.path.exists(path) and os.path.exists(name):
+        if os.path.samefile(path, name):
+            raise ValueError(f"{name!r} cannot be its own data file")
+    with _target(name) as storage:
+        storage.truncate(0)
+        storage.truncate(size)
+        storage.flush()
+        yield
 
 
 def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
