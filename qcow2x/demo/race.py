@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import qcow2x
@@ -35,6 +35,9 @@ RAW_FLAGS = {
 #: Different buffers that the requests take turns with, so that a misplaced one shows.
 _VARIANTS = 61
 
+#: Into how many stretches :func:`alternate` cuts a load.
+STRETCHES = 32
+
 
 @dataclass(frozen=True)
 class Load:
@@ -45,6 +48,8 @@ class Load:
     count: int
     size: int
     step: int
+    #: Which request of the walk is the first.
+    first: int = 0
 
     @classmethod
     def sequential(cls, nbytes: int, count: int, size: int) -> Load:
@@ -60,21 +65,51 @@ class Load:
             step += 1
         return cls(nbytes, count, size, step * nbytes)
 
-    def shortened(self, count: int) -> Load:
-        return replace(self, count=count)
+    def parts(self, n: int) -> list[Load]:
+        """The same requests in *n* loads, one after the other."""
+        n = min(n, self.count)
+        edges = [self.count * i // n for i in range(n + 1)]
+        return [
+            replace(self, first=self.first + low, count=high - low)
+            for low, high in zip(edges, edges[1:], strict=False)
+        ]
 
     @cached_property
     def offsets(self) -> list[int]:
-        return [i * self.step % self.size for i in range(self.count)]
+        return [i * self.step % self.size for i in range(self.first, self.first + self.count)]
 
     @cached_property
     def buffers(self) -> list[memoryview]:
         """One page-aligned buffer per request, out of a few that take turns."""
-        pool = mmap.mmap(-1, self.nbytes + (_VARIANTS - 1) * PAGE)
-        pool[:] = random.Random(self.nbytes).randbytes(len(pool))
-        view = memoryview(pool)
-        variants = [view[i * PAGE : i * PAGE + self.nbytes] for i in range(_VARIANTS)]
-        return [variants[i % _VARIANTS] for i in range(self.count)]
+        variants = _variants(self.nbytes)
+        return [variants[i % _VARIANTS] for i in range(self.first, self.first + self.count)]
+
+
+@cache
+def _variants(nbytes: int) -> list[memoryview]:
+    pool = mmap.mmap(-1, nbytes + (_VARIANTS - 1) * PAGE)
+    pool[:] = random.Random(nbytes).randbytes(len(pool))
+    return [memoryview(pool)[i * PAGE : i * PAGE + nbytes] for i in range(_VARIANTS)]
+
+
+@cache
+def _read_buffer(nbytes: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
+def alternate(load: Load, *runs: Callable[[Load], float]) -> list[float]:
+    """Several subjects under the same load, a short stretch each in turn; the seconds of each.
+
+    The neighbours on a machine come and go within a second: what slows one subject down then
+    slows the others as well.
+    """
+    seconds = [0.0] * len(runs)
+    for n, part in enumerate(load.parts(STRETCHES)):
+        for k in range(len(runs)):
+            # Who goes first changes.
+            i = (n + k) % len(runs)
+            seconds[i] += runs[i](part)
+    return seconds
 
 
 def time_raw_writes(load: Load, fd: int) -> float:
@@ -96,7 +131,7 @@ def time_image_writes(load: Load, image: qcow2x.Image) -> float:
 
 
 def time_raw_reads(load: Load, fd: int) -> float:
-    buffer = memoryview(mmap.mmap(-1, load.nbytes))
+    buffer = _read_buffer(load.nbytes)
     parts = [buffer]
     offsets = load.offsets
     read = os.preadv
@@ -107,7 +142,7 @@ def time_raw_reads(load: Load, fd: int) -> float:
 
 
 def time_image_reads(load: Load, image: qcow2x.Image) -> float:
-    buffer = memoryview(mmap.mmap(-1, load.nbytes))
+    buffer = _read_buffer(load.nbytes)
     offsets = load.offsets
     read = image.preadinto
     start = time.perf_counter()
@@ -162,6 +197,13 @@ def open_raw(path: Path, cache: str, size: int | None = None) -> int:
     return fd
 
 
+def close_raw(fd: int) -> None:
+    """Closes a raw disk as an image is closed: durably, so that its dirty pages are not written
+    out during the next one's time."""
+    os.fdatasync(fd)
+    os.close(fd)
+
+
 def takes_direct(folder: Path) -> bool:
     """Whether files in *folder* can be read and written past the page cache."""
     path = folder / "direct-io"
@@ -197,17 +239,19 @@ def make_cold(path: Path) -> None:
         os.close(fd)
 
 
-def make_warm(path: Path) -> None:
+def make_warm(path: Path, *, readahead: bool = False) -> None:
     """All of the file in the page cache, in the same way for everybody.
 
     How its pages came there decides what a write to them costs: the kernel keeps large folios
     where large writes or readahead made them, and changing 4 KiB of one takes several times as
-    long. Read in without readahead, each page stands alone, whoever wrote the file.
+    long. Read in without readahead, each page stands alone, whoever wrote the file. For reads
+    large folios are the natural state, and the fast one.
     """
     make_cold(path)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        if not readahead:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         buffer = bytearray(1 << 20)
         off = 0
         while n := os.preadv(fd, [buffer], off):

@@ -100,10 +100,10 @@ class Race:
         result = Result(cell, load.count, {subject: [] for subject in SUBJECTS})
         n = 0
         while n < MIN_ROUNDS or (n < MAX_ROUNDS and time.monotonic() - start < seconds):
-            # Who goes first changes, so that nobody always runs behind the same neighbour.
-            for k in range(len(SUBJECTS)):
-                subject = SUBJECTS[(n + k) % len(SUBJECTS)]
-                result.seconds[subject].append(self._time(subject, cell, load))
+            raw, ours = self._time_side_by_side(cell, load)
+            result.seconds[RAW].append(raw)
+            result.seconds[OURS].append(ours)
+            result.seconds[QEMU].append(self._time_qemu(cell, load))
             n += 1
         self._verify(cell)
         return result
@@ -118,7 +118,7 @@ class Race:
             most = min(most, MAX_FRAGMENTS)
         load = make(nbytes, min(MIN_COUNT, most), self.size)
         # Twice: one request that the machine kept waiting would make the whole race too short.
-        trial = min(self._time(RAW, cell, load) for _ in range(2))
+        trial = min(self._time_side_by_side(cell, load)[0] for _ in range(2))
         count = int(load.count * ROUND_SECONDS / trial)
         return make(nbytes, max(load.count, min(count, most)), self.size)
 
@@ -139,28 +139,34 @@ class Race:
         race.time_qemu(everything, paths[QEMU], "writeback", write=True)
         self._ready = True
 
-    def _time(self, subject: str, cell: Cell, load: Load) -> float:
+    def _prepare(self, subject: str, cell: Cell) -> Path:
+        """A new, empty disk, or the used one with its pages where the mode wants them."""
         path = self.path(subject, cell.state)
-        if cell.state == "growing":
-            # Gone before it is made anew: its dirty pages need not reach the disk any more.
-            path.unlink(missing_ok=True)
-        elif cell.cache == "writeback":
-            race.make_warm(path)
-        else:
-            race.make_cold(path)
-        if subject == RAW:
-            fd = race.open_raw(path, cell.cache, self.size if cell.state == "growing" else None)
-            try:
-                return race.time_raw_writes(load, fd)
-            finally:
-                os.close(fd)
+        if cell.state == "rewriting":
+            (race.make_warm if cell.cache == "writeback" else race.make_cold)(path)
+            return path
+        # Gone before it is made anew, so that QEMU's programs have nothing to read in it.
+        path.unlink(missing_ok=True)
         if subject == OURS:
-            if cell.state == "growing":
-                qcow2x.create(path, self.size)
-            with qcow2x.open(path, "r+", cache=cell.cache) as image:
-                return race.time_image_writes(load, image)
-        if cell.state == "growing":
+            qcow2x.create(path, self.size)
+        elif subject == QEMU:
             race.create_qemu(path, self.size)
+        return path
+
+    def _time_side_by_side(self, cell: Cell, load: Load) -> list[float]:
+        raw, image = self._prepare(RAW, cell), self._prepare(OURS, cell)
+        fd = race.open_raw(raw, cell.cache, self.size if cell.state == "growing" else None)
+        with qcow2x.open(image, "r+", cache=cell.cache) as opened:
+            seconds = race.alternate(
+                load,
+                lambda part: race.time_raw_writes(part, fd),
+                lambda part: race.time_image_writes(part, opened),
+            )
+        race.close_raw(fd)
+        return seconds
+
+    def _time_qemu(self, cell: Cell, load: Load) -> float:
+        path = self._prepare(QEMU, cell)
         return race.time_qemu(load, path, cell.cache, write=True, aio=self._aio[cell.cache])
 
     def _verify(self, cell: Cell) -> None:

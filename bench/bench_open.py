@@ -1,0 +1,140 @@
+"""What it costs to import qcow2x and to open a large image, and how much memory metadata takes."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import qcow2x
+
+TIB = 1 << 40
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+def import_seconds(statement: str) -> float:
+    """How long the statement takes in a fresh interpreter, its start not counted."""
+    code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+    parent = str(Path(qcow2x.__file__).resolve().parent.parent)
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": parent},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    return float(printed)
+
+
+def bench_import(benchmark, fact):
+    """All that opening an image needs, not only the name."""
+    for statement in ("import qcow2x", "import qcow2x; qcow2x.open"):
+        times = [import_seconds(statement) for _ in range(9)]
+        middle = statistics.median(times) * 1000
+        fact(statement, f"{middle:.1f} ms", "under 50 ms", middle < 50)
+    benchmark.pedantic(import_seconds, args=("import qcow2x; qcow2x.open",), rounds=3)
+
+
+class CountingStorage:
+    """A file that notes which reads it was asked for."""
+
+    def __init__(self, path):
+        self.fd = os.open(path, os.O_RDONLY)
+        self.reads = []
+
+    def size(self):
+        return os.fstat(self.fd).st_size
+
+    def pread(self, length, offset):
+        self.reads.append((offset, length))
+        return os.pread(self.fd, length, offset)
+
+    def close(self):
+        os.close(self.fd)
+
+
+def bench_open_1_tib(benchmark, folder, fact):
+    """Counted by a storage of our own: the header, the L1 table and nothing besides."""
+    path = folder / "large.qcow2"
+    qcow2x.create(path, TIB)
+    with qcow2x.open(path, "r+") as image:
+        # A mapping at either end, so that there are tables that might be read.
+        image.pwrite(b"x", 0)
+        image.pwrite(b"x", TIB - 1)
+    storage = CountingStorage(path)
+    with qcow2x.open(storage):
+        reads = list(storage.reads)
+    storage.close()
+    fd = os.open(path, os.O_RDONLY)
+    l1_bytes = 8 * int.from_bytes(os.pread(fd, 4, 36), "big")
+    l1_offset = int.from_bytes(os.pread(fd, 8, 40), "big")
+
+    def is_allowed(offset: int, length: int) -> bool:
+        return offset + length <= 65536 or (
+            l1_offset <= offset and offset + length <= l1_offset + l1_bytes
+        )
+
+    total = sum(length for _, length in reads)
+    fact(
+        "open 1 TiB: reads",
+        f"{len(reads)} reads, {total / 1024:.1f} KiB",
+        f"header and L1 ({l1_bytes / 1024:.0f} KiB) alone",
+        all(is_allowed(*read) for read in reads),
+    )
+
+    ours, baseline = [], []
+    for _ in range(200):
+        start = time.perf_counter()
+        os.pread(fd, 512, 0)
+        os.pread(fd, l1_bytes, l1_offset)
+        baseline.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        qcow2x.open(path).close()
+        ours.append(time.perf_counter() - start)
+    os.close(fd)
+    fact(
+        "open 1 TiB: time",
+        f"{statistics.median(ours) * 1e6:.0f} us",
+        f"(reading the same bytes: {statistics.median(baseline) * 1e6:.0f} us) under 1 ms",
+        statistics.median(ours) < 1e-3,
+    )
+    benchmark.pedantic(lambda: qcow2x.open(path).close(), rounds=50)
+
+
+def bench_metadata_memory(benchmark, folder, fact):
+    """Every slice of the tables for 256 GiB is looked at, through a cache of 1 MiB and through the
+    default one, which has room for all of them."""
+    path = folder / "mapped.qcow2"
+    per_table = 512 * MIB
+    qcow2x.create(path, 256 * GIB)
+    with qcow2x.open(path, "r+") as image:
+        for off in range(0, 256 * GIB, per_table):
+            image.pwrite(b"x", off)
+
+    def look_at_all(l2_cache_size):
+        buffer = bytearray(1)
+        with qcow2x.open(path, l2_cache_size=l2_cache_size) as image:
+            for off in range(0, 256 * GIB, 32 * MIB):
+                image.preadinto(buffer, off)
+            return image.stats()
+
+    small = look_at_all(MIB)
+    fact(
+        "256 GiB mapped, l2_cache_size=1 MiB",
+        f"{small.l2_cache_bytes / MIB:.1f} MiB, {small.l2_evictions} evictions",
+        "at most 1 MiB",
+        small.l2_cache_bytes <= MIB,
+    )
+    default = look_at_all(None)
+    fact(
+        "256 GiB mapped, default l2_cache_size",
+        f"{default.l2_cache_bytes / MIB:.1f} MiB, {default.l2_evictions} evictions",
+        "at most 32 MiB and no eviction",
+        default.l2_cache_bytes <= 32 * MIB and default.l2_evictions == 0,
+    )
+    benchmark.pedantic(look_at_all, args=(MIB,), rounds=3)
+    path.unlink()
