@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,8 +23,19 @@ PACKAGE = Path(qcow2x.__file__).resolve().parent
 # The folder that makes `import qcow2x` find the package under test, also in another folder.
 IMPORT_ENV = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
 
-sys.path.insert(0, str(ROOT))
-from build_support import needs  # noqa: E402
+
+
+def _build_support() -> ModuleType:
+    """The checkout's build helpers. The checkout must not stay importable: the other tests are to
+    meet the installed package, also in the programs that they start."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module("build_support.needs")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+needs = _build_support()
 
 
 def run(*command, **kwargs):
