@@ -174,6 +174,17 @@ MATRIX = {
 }
 
 
+def create_by_qemu(disk: Path, options: list[str]) -> None:
+    """qemu-img create; on a busy machine it fails now and then to measure how long PBKDF2 takes."""
+    for attempt in range(10):
+        try:
+            qemu_img("create", "-q", *SECRET, "-f", "qcow2", "-o", ",".join(options), disk, "40M")
+            return
+        except AssertionError as exc:
+            if "accurate CPU usage" not in str(exc) or attempt == 9:
+                raise
+
+
 def told_alike(path: Path, **policy) -> qcow2x.Inspection:
     """The answer for a file, after every other kind of source has given the same."""
     with only_opens(path):
@@ -198,7 +209,7 @@ def told_alike(path: Path, **policy) -> qcow2x.Inspection:
 @pytest.mark.parametrize("options", MATRIX.values(), ids=MATRIX)
 def test_every_valid_image_is_ok(options, tmp_path):
     disk = tmp_path / "disk.qcow2"
-    qemu_img("create", "-q", *SECRET, "-f", "qcow2", "-o", ",".join(options), disk, "40M")
+    create_by_qemu(disk, options)
     luks = any("luks" in option for option in options)
     found = told_alike(disk)
     assert (found.verdict, found.valid, grave(found)) == ("ok", True, set())
