@@ -201,7 +201,7 @@ def test_backing_name_out_of_range(victim: Victim, plain: Path, offset: int, siz
     assert steps["open"] != "ok" or offset == 0
 
 
-@pytest.mark.parametrize("name", [b"\0\0\0\0", b"../../../etc/passwd", b"json:{}", b"\xff\xfe/x"])
+@pytest.mark.parametrize("name", [b"../../../etc/passwd", b"json:{}", b"\xff\xfe/x"])
 def test_backing_name_is_not_followed(victim: Victim, plain: Path, name: bytes) -> None:
     patches = [(8, be64(1024) + be32(len(name))), (1024, name)]
     for policy in ("deny", "follow"):
