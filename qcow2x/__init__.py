@@ -54,6 +54,15 @@ if TYPE_CHECKING:
     )
     from qcow2x.image import Image as Image
     from qcow2x.image import open as open
+    from qcow2x.inspection import (
+        Inspection as Inspection,
+    )
+    from qcow2x.inspection import (
+        Inspector as Inspector,
+    )
+    from qcow2x.inspection import (
+        inspect as inspect,
+    )
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
@@ -94,6 +103,7 @@ _HOME = {
         "UnsupportedFeature",
     ),
     "qcow2x.image": ("Image", "open"),
+    "qcow2x.inspection": ("Inspection", "Inspector", "inspect"),
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),

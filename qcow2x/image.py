@@ -14,6 +14,7 @@ from qcow2x import backing as _backing
 from qcow2x import snapshot as _snapshot
 from qcow2x._core.header import Header
 from qcow2x._core.image import CoreImage
+from qcow2x._core.opening import check_mode
 from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
 from qcow2x.locking import ImageLock, lock_image
 from qcow2x.storage import FileStorage, Storage, open_storage
@@ -75,6 +76,7 @@ def open(
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", not {mode!r}')
+    check_mode(cache)
     if snapshot is not None and mode != "r":
         raise ValueError('a snapshot can only be opened with mode "r"')
     opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file)

@@ -12,6 +12,10 @@ cdef q2_status fail(q2_status status, int32_t site, uint64_t offset,
 cdef q2_status fail_errno(int32_t sys_errno, int32_t site, uint64_t offset,
                           const char *what) noexcept nogil
 
+# Whether this thread's last failure, which ended in `status`, was for lack of room, also when a
+# Python storage raised it: nothing is wrong with what is there, and the call may be repeated.
+cdef bint lacked_room(q2_status status) noexcept nogil
+
 # The details of this thread's last failure. A pool hands them from worker to caller by copying.
 cdef q2_error last_error() noexcept nogil
 cdef void set_last_error(q2_error detail) noexcept nogil

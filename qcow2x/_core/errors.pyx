@@ -39,12 +39,19 @@ cdef q2_status fail(q2_status status, int32_t site, uint64_t offset,
 
 cdef q2_status fail_errno(int32_t sys_errno, int32_t site, uint64_t offset,
                           const char *what) noexcept nogil:
-    cdef q2_status status = Q2_E_IO
-    if sys_errno == ENOSPC or sys_errno == EDQUOT or sys_errno == EFBIG:
-        status = Q2_E_NOSPC
+    cdef q2_status status = Q2_E_NOSPC if means_no_room(sys_errno) else Q2_E_IO
     fail(status, site, offset, what)
     q2_last_error.sys_errno = sys_errno
     return status
+
+
+cdef inline bint means_no_room(int32_t sys_errno) noexcept nogil:
+    return sys_errno == ENOSPC or sys_errno == EDQUOT or sys_errno == EFBIG
+
+
+cdef bint lacked_room(q2_status status) noexcept nogil:
+    return status == Q2_E_NOSPC or (
+        status == Q2_E_PYTHON and means_no_room(q2_last_error.sys_errno))
 
 
 cdef q2_error last_error() noexcept nogil:
@@ -71,7 +78,18 @@ cdef q2_status stash_exception_gil(int32_t site, uint64_t offset) noexcept:
     Py_XDECREF(old_type)
     Py_XDECREF(old_value)
     Py_XDECREF(old_trace)
-    return fail(Q2_E_PYTHON, site, offset, b"the storage object raised")
+    fail(Q2_E_PYTHON, site, offset, b"the storage object raised")
+    q2_last_error.sys_errno = errno_of_gil(<object>q2_stashed[1])
+    return Q2_E_PYTHON
+
+
+cdef int32_t errno_of_gil(object exc) noexcept:
+    try:
+        return exc.errno if isinstance(exc, OSError) else 0
+    except Exception:       # errno is None, or whatever somebody put there
+        return 0
+
+
 
 
 cdef int check_status(q2_status status, object name) except -1:

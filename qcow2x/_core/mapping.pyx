@@ -141,6 +141,9 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
             e = load_l2e(&img.geo, at)
             guest_cl = pos >> img.geo.cluster_bits
             cluster_end = (guest_cl + 1) << img.geo.cluster_bits
+            if not is_compressed(e) and e.bitmap & (e.bitmap >> 32):
+                return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, pos,
+                            b"subcluster of this guest offset is both allocated and zero")
             ours = entry_is_ours(img, guest_cl, e)
             while pos < cluster_end and pos < end:
                 in_cluster = pos & (img.geo.cluster_size - 1)

@@ -44,6 +44,24 @@ cdef q2_status load_reftable(ImageState img) noexcept nogil:
     return st
 
 
+cdef q2_status refuse_past_end(ImageState img, int32_t site, uint64_t host_off,
+                               uint64_t nbytes) noexcept nogil:
+    """Past its end a file reads as zeros, and a table of zeros is a valid one: in a file that was
+    cut short old data would show through. So a table must lie inside the file."""
+    cdef uint64_t end = q2_load(&img.host_size)
+    cdef q2_status st
+    if host_off < end and nbytes <= end - host_off:
+        return Q2_OK
+    # Another process may have grown the file since it was looked at.
+    st = img.file.get_size(&end)
+    if st != Q2_OK:
+        return st
+    q2_raise_to(&img.host_size, end)
+    if host_off < end and nbytes <= end - host_off:
+        return Q2_OK
+    return fail(Q2_E_CORRUPT, site, host_off, b"the table reaches past the end of the file")
+
+
 cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nogil:
     cdef int32_t site = Q2_SITE_REFBLOCK_LOAD if miss & 1 else Q2_SITE_L2_LOAD
     cdef q2_cache *cache = &img.refblocks if miss & 1 else &img.l2
@@ -67,7 +85,9 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
         return write_back_locked(img, False) if committing else write_back(img)
     if st != Q2_OK or already:
         return st
-    st = img.file.read_at(site, slot.data, <size_t>1 << cache.slice_bits, key)
+    st = refuse_past_end(img, site, key, <uint64_t>1 << cache.slice_bits)
+    if st == Q2_OK:
+        st = img.file.read_at(site, slot.data, <size_t>1 << cache.slice_bits, key)
     pthread_rwlock_wrlock(&img.meta)
     cache_end_load(cache, slot, st == Q2_OK)
     pthread_rwlock_unlock(&img.meta)

@@ -5,7 +5,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
-from qcow2x._core.errors cimport fail
+from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport *
 
@@ -254,6 +254,6 @@ cdef q2_status may_write(ImageState img) noexcept nogil:
 
 
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil:
-    if status != Q2_OK and status != Q2_E_NOSPC and status != Q2_E_NOMEM:
+    if status != Q2_OK and status != Q2_E_NOMEM and not lacked_room(status):
         q2_store(&img.broken, 1)
     return status

@@ -20,6 +20,7 @@ COMMANDS = {
     "create": "make a new image",
     "demo": "show what qcow2x does on a real disk made from this machine's files",
     "info": "tell what an image says of itself",
+    "inspect": "tell whether an untrusted image is safe to use, opening nothing that it names",
     "map": "list which parts of a disk are stored, and where",
     "resize": "grow or shrink a disk",
 }
