@@ -44,6 +44,7 @@ def open(
     l2_cache_size: int | None = None,
     backing: Source | bool | None = None,
     data_file: Source | bool | None = None,
+    overlap_check: str = "cached",
 ) -> Image:
     """Opens a qcow2 image.
 
@@ -68,6 +69,11 @@ def open(
     ``l2_cache_size`` bounds the mapping cache in bytes (default 32 MiB: 256 GiB at 64 KiB
     clusters).
 
+    ``overlap_check`` says which tables of the image are guarded against writes that a damaged entry
+    leads to them: ``none``, ``constant`` (header, L1, refcount and snapshot table), ``cached`` (and L2
+    tables, refcount blocks, snapshots' L1 tables) or ``all`` (and snapshots' L2 tables). Such a write
+    raises CorruptImage, sets the image's corrupt bit, and nothing is written after it.
+
     ``lock`` takes part in QEMU's image locking (see :mod:`qcow2x.locking`): ImageLocked if another
     program has the image open in a way that excludes this one.
 
@@ -80,6 +86,7 @@ def open(
     if snapshot is not None and mode != "r":
         raise ValueError('a snapshot can only be opened with mode "r"')
     opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file)
+    opener.overlap_check = overlap_check
     return opener.open(source, mode == "r+", backing, key)
 
 
@@ -101,6 +108,7 @@ class _Opener:
         self.lock = lock
         self.snapshot = snapshot
         self.data_file = data_file
+        self.overlap_check = "cached"
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -165,9 +173,10 @@ class _Opener:
                     data=data,
                     l2_cache_size=self.l2_cache_size,
                     writable=writable and not layers,
+                    overlap_check=self.overlap_check,
                 )
             assert image is not None
-            image._own(mine, self.locks)
+            image._own(mine, self.locks, self.overlap_check == "all")
             mine, self.locks = [], []
             return image
         finally:
@@ -262,9 +271,12 @@ class Image(CoreImage):
         # file away while the first still flushes. Reentrant, for a signal handler that closes.
         self._exclusive = threading.RLock()
 
-    def _own(self, storages: list[Storage], locks: list[ImageLock]) -> None:
+    def _own(
+        self, storages: list[Storage], locks: list[ImageLock], guard_all: bool = False
+    ) -> None:
         """What close() has to close and to release."""
         if self.writable:
+            _snapshot.guard_tables(self, guard_all)
             self._clear_autoclear()
         self._owned, self._locks = tuple(storages), tuple(locks)
 

@@ -173,6 +173,30 @@ def _bytes_in_file(table: Sequence[Snapshot]) -> int:
     return len(encode_table(table, 2))
 
 
+# What a cluster holds, as overlap.pxd numbers it.
+_HOLDS_FIXED, _HOLDS_SNAPSHOT_L1, _HOLDS_SNAPSHOT_L2 = 1, 4, 5
+
+
+def guard_tables(image: Image, every_l2: bool) -> None:
+    """Has the image guard what its snapshots hold. A table that cannot be read guards nothing: the
+    image can still be used, and check says what is wrong."""
+    header, storage = image._header, image._file
+    if header.nb_snapshots == 0:
+        return
+    try:
+        table = read_table(storage, header)
+    except (FormatError, CorruptImage):
+        return
+    image._guard(_HOLDS_FIXED, header.snapshots_offset, _bytes_in_file(table))
+    for entry in table:
+        image._guard(_HOLDS_SNAPSHOT_L1, entry.l1_offset, entry.l1_size * 8)
+        if every_l2:
+            l1 = storage.pread(entry.l1_size * 8, entry.l1_offset)
+            for (l2,) in struct.iter_unpack(">Q", l1[: len(l1) // 8 * 8]):
+                if offset := l2 & 0x00FFFFFFFFFFFE00:
+                    image._guard(_HOLDS_SNAPSHOT_L2, offset, header.cluster_size)
+
+
 class Snapshots(Sequence[Snapshot]):
     """The internal snapshots of an open image, in the order of the table: ``image.snapshots``.
 

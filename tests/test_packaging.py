@@ -24,7 +24,6 @@ PACKAGE = Path(qcow2x.__file__).resolve().parent
 IMPORT_ENV = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
 
 
-
 def _build_support() -> ModuleType:
     """The checkout's build helpers. The checkout must not stay importable: the other tests are to
     meet the installed package, also in the programs that they start."""

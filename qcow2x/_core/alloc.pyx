@@ -7,11 +7,13 @@ from libc.string cimport memcpy
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport MISSING_REFTABLE, missing_refblock
+from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
+                                   guard_table_write, guard_write)
 from qcow2x._core.refblock cimport get_refcount, set_refcount
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
-from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
+from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to
 from qcow2x._core.wire cimport (Q2_HDR_RT_OFFSET, Q2_MAX_HOST_OFFSET, Q2_MAX_RT_BYTES,
                                 Q2_RTE_OFFSET_MASK, q2_store_be32, q2_store_be64)
 
@@ -60,6 +62,12 @@ cdef inline uint64_t clusters_per_slice(ImageState img) noexcept nogil:
     return <uint64_t>1 << (img.geo.slice_bits + 3 - img.geo.refcount_order)
 
 
+# The refcount block of `cluster` is only that, so its slices may be changed.
+cdef inline q2_status guard_refblock_of(ImageState img, uint64_t cluster) noexcept nogil:
+    return guard_table_write(img, HOLDS_REFBLOCK,
+                             img.rt[cluster >> img.geo.refblock_bits] & Q2_RTE_OFFSET_MASK)
+
+
 # The first index >= `at` below `end` whose refcount is 0, or `end`.
 cdef uint64_t find_free(ImageState img, const uint8_t *slice, uint64_t at,
                         uint64_t end) noexcept nogil:
@@ -92,23 +100,6 @@ cdef inline uint64_t last_cluster(ImageState img) noexcept nogil:
 cdef q2_status no_room(ImageState img, uint64_t cluster) noexcept nogil:
     return fail(Q2_E_NOSPC, Q2_SITE_DATA_WRITE, cluster << img.geo.cluster_bits,
                 b"no free cluster is left in the storage")
-
-
-# An allocator that hands out the tables it lives on destroys the image, so a refcount of 0 for one
-# of them (damage) is refused here at the cost of three comparisons.
-cdef q2_status refuse_tables(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
-    cdef uint32_t cbits = img.geo.cluster_bits
-    cdef uint64_t end = first + n
-    cdef uint64_t l1_first = img.l1_offset >> cbits
-    cdef uint64_t l1_end = (img.l1_offset + <uint64_t>img.l1_size * 8 + img.geo.cluster_size - 1
-                            ) >> cbits
-    cdef uint64_t rt_first = img.rt_offset >> cbits
-    cdef uint64_t rt_end = rt_first + ((img.rt_entries << 3) >> cbits)
-    if first == 0 or (first < l1_end and l1_first < end) or (first < rt_end and rt_first < end):
-        q2_store(&img.broken, 1)
-        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_UPDATE, first << cbits,
-                    b"a cluster of the header, L1 or refcount table has refcount 0")
-    return Q2_OK
 
 
 cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t *first,
@@ -184,7 +175,11 @@ cdef q2_status alloc_clusters(ImageState img, uint64_t want, uint64_t *first, ui
     st = slice_of(img, first[0], &slot, &index, miss)
     if st != Q2_OK:
         return st
-    st = refuse_tables(img, first[0], got[0])
+    # A refcount of 0 for a table is damage: the allocator must not hand it out.
+    st = guard_write(img, first[0] << img.geo.cluster_bits, got[0] << img.geo.cluster_bits)
+    if st != Q2_OK:
+        return st
+    st = guard_refblock_of(img, first[0])
     if st != Q2_OK:
         return st
     put(img, slot, index, got[0], 1)
@@ -201,7 +196,7 @@ cdef q2_status alloc_contiguous(ImageState img, uint64_t n, uint64_t *first, bin
     cdef uint64_t index = 0
     if st != Q2_OK:
         return st
-    st = refuse_tables(img, first[0], n)
+    st = guard_write(img, first[0] << img.geo.cluster_bits, n << img.geo.cluster_bits)
     if st != Q2_OK:
         return st
     # All slices must be there before the first refcount is raised.
@@ -283,6 +278,9 @@ cdef q2_status set_refcount_of(ImageState img, uint64_t cluster, uint64_t value,
     if slot is NULL:
         return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_UPDATE, cluster << img.geo.cluster_bits,
                     b"a cluster in use has no refcount block")
+    st = guard_refblock_of(img, cluster)
+    if st != Q2_OK:
+        return st
     put(img, slot, index, 1, value)
     if value == 0 and cluster < img.free_hint:
         img.free_hint = cluster
@@ -298,6 +296,8 @@ cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint
         if st == Q2_OK and refs > 0:
             st = set_refcount_of(img, first + done[0], refs - 1, miss)
             # Nothing may be packed behind the last stream of a cluster that is free.
+            if refs == 1:
+                guard_remove(img, first + done[0], 1)
             if refs == 1 and img.packed_end >> img.geo.cluster_bits == first + done[0]:
                 img.packed_end = 0
         if st != Q2_OK:
@@ -360,7 +360,8 @@ cdef q2_status add_refblock(ImageState img, uint64_t rt_idx) noexcept nogil:
         st = barrier(img)
     if st != Q2_OK:
         img.rt[rt_idx] = 0
-    return st
+        return st
+    return guard_add(img, HOLDS_REFBLOCK, cluster, 1)
 
 
 cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil:
@@ -436,6 +437,11 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
     img.rt_offset = table_off
     img.header.fields.rt_offset = table_off
     img.header.fields.rt_clusters = <uint32_t>table_clusters
+    st = guard_add(img, HOLDS_REFBLOCK, start, blocks)
+    if st == Q2_OK:
+        st = guard_add(img, HOLDS_FIXED, start + blocks, table_clusters)
+    if st != Q2_OK:
+        return st
     # The old table is durably unreferenced; no request reads it, but its refcount must drop.
     return runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
 

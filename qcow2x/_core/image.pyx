@@ -13,12 +13,13 @@ from posix.uio cimport iovec
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.discard cimport discard_guest, zero_guest
-from qcow2x._core.errors cimport check_status, fail
+from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport flush_closing, flush_if_metadata_changed, flush_image
 from qcow2x._core.geometry cimport l1_entries_for, set_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.mapping cimport plan_range
-from qcow2x._core.metadata cimport load_slice
+from qcow2x._core.metadata cimport load_slice, mark_corrupt
+from qcow2x._core.overlap cimport *
 from qcow2x._core.plan cimport q2_plan
 from qcow2x._core.read cimport guest_extent, read_guest
 from qcow2x._core.resize cimport resize_guest
@@ -35,6 +36,8 @@ from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
 DEFAULT_L2_CACHE = 32 << 20
+#: What overlap_check= may say; see overlap.pxd.
+GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED, "all": GUARD_ALL}
 
 
 cdef class CoreImage(ImageState):
@@ -46,7 +49,8 @@ cdef class CoreImage(ImageState):
     """
 
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
-                 Storage data=None, l2_cache_size=None, bint writable=False, bint discard_to_host=True):
+                 Storage data=None, l2_cache_size=None, bint writable=False,
+                 bint discard_to_host=True, str overlap_check="cached"):
         cdef q2_status st
         self.file = file
         self.data = file if data is None else data
@@ -62,6 +66,9 @@ cdef class CoreImage(ImageState):
         self.geo.external_data = data is not None
         self.raw_data = data is not None and header.data_file_raw
         self.disk_size = header.fields.size
+        if overlap_check not in GUARDS:
+            raise ValueError(f"overlap_check must be one of {', '.join(GUARDS)}")
+        self.guard_level = GUARDS[overlap_check] if writable else GUARD_NONE
         if l2_cache_size is None:
             l2_cache_size = DEFAULT_L2_CACHE
         if not 0 < l2_cache_size < 1 << 40:
@@ -73,6 +80,7 @@ cdef class CoreImage(ImageState):
         self.rt_entries = (<uint64_t>header.fields.rt_clusters << self.geo.cluster_bits) >> 3
         self._load_l1()
         self._init_caches(l2_cache_size)
+        check_status(guard_image(self), self.name)
         self._set_backing(backing)
         with nogil:
             st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
@@ -175,7 +183,7 @@ cdef class CoreImage(ImageState):
                 st = write_guest(self, view.buf, view.len, off, fua)
         cdef Py_ssize_t n = view.len
         PyBuffer_Release(&view)
-        check_status(st, self.name)
+        self._raise_write(st)
         return n
 
     def pwrite_compressed(self, data, offset, *, level=None):
@@ -200,7 +208,7 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self._write_compressed(<const uint8_t *>view.buf, n, off, lvl)
         PyBuffer_Release(&view)
-        check_status(st, self.name)
+        self._raise_write(st)
         return n
 
     cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,
@@ -261,7 +269,7 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self._write_batch(&streams[0] if streams.shape[0] else NULL, &lengths[0],
                                        clusters, &plain[0], plain.shape[0], off)
-        check_status(st, self.name)
+        self._raise_write(st)
 
     cdef q2_status _write_batch(self, const uint8_t *stream, const uint32_t *lengths,
                                 uint64_t clusters, const uint8_t *plain, uint64_t plain_bytes,
@@ -293,7 +301,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = zero_guest(self, off, n, unmap, fua)
-        check_status(st, self.name)
+        self._raise_write(st)
 
     def discard(self, offset, length):
         """Says that the range is not needed any more.
@@ -308,7 +316,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = discard_guest(self, off, n)
-        check_status(st, self.name)
+        self._raise_write(st)
 
     def flush(self):
         """Everything that was written before is durable when this returns. Threads that flush at
@@ -326,7 +334,7 @@ cdef class CoreImage(ImageState):
         check_status(self._open_status(), self.name)
         with nogil:
             st = resize_guest(self, n)
-        check_status(st, self.name)
+        self._raise_write(st)
 
     def _allocate(self, offset, length):
         """Gives every cluster of the range a host cluster that reads as zeros."""
@@ -336,7 +344,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK and n:
             with nogil:
                 st = allocate_guest(self, off, n)
-        check_status(st, self.name)
+        self._raise_write(st)
 
     def _clear_autoclear(self):
         """Autoclear features promise what a writer keeps up to date; those not kept here end with
@@ -377,7 +385,7 @@ cdef class CoreImage(ImageState):
         if n:
             with nogil:
                 st = reserve_clusters(self, n, &host_off)
-        check_status(st, self.name)
+        self._raise_write(st)
         return host_off
 
     def _unreserve(self, host_off, nbytes):
@@ -420,6 +428,20 @@ cdef class CoreImage(ImageState):
         with nogil:
             st = apply_snapshot(self, off, n, new_off, new_n, size)
         check_status(st, self.name)
+
+    cdef int _raise_write(self, q2_status st) except -1:
+        """check_status for what writes: a write that would have hit a table marks the image."""
+        cdef q2_error refused
+        if st == Q2_E_CORRUPT:
+            refused = last_error()
+            with nogil:
+                mark_corrupt(self)
+            set_last_error(refused)
+        return check_status(st, self.name)
+
+    def _guard(self, holds, host_off, nbytes):
+        """Tables that the core does not look for itself: HOLDS of overlap.pxd."""
+        check_status(guard_table(self, holds, host_off, nbytes), self.name)
 
     def _l1_entries_for(self, nbytes):
         return l1_entries_for(&self.geo, door_length(nbytes))

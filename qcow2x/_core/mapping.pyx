@@ -10,6 +10,7 @@ from qcow2x._core.errors cimport fail
 from qcow2x._core.geometry cimport l1_index, l2_index
 from qcow2x._core.l2table cimport *
 from qcow2x._core.metadata cimport missing_l2
+from qcow2x._core.overlap cimport HOLDS_L2, guard_add, guard_table_write
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
                                 Q2_PLAN_MAX)
 from qcow2x._core.state cimport poison_unless_full, runs_add
@@ -208,7 +209,7 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
     if st != Q2_OK:
         return st
     if old_off and img.l1[l1_idx] & Q2_OFLAG_COPIED:
-        return Q2_OK
+        return guard_table_write(img, HOLDS_L2, old_off)
     table = <uint8_t *>calloc(1, img.geo.cluster_size)
     if table is NULL:
         return fail(Q2_E_NOMEM, Q2_SITE_L2_ALLOC_WRITE, old_off, b"out of memory")
@@ -230,7 +231,8 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
             img.l1_is_dirty = True
             q2_add(&img.meta_seq, 1)
             img.count.metadata_writes += 1
-            if old_off:
+            st = guard_add(img, HOLDS_L2, first, 1)
+            if st == Q2_OK and old_off:
                 st = runs_add(&img.dropped, old_off >> img.geo.cluster_bits, 1)
         else:
             # The slice of refcounts is still cached, so this gives the cluster back at once.

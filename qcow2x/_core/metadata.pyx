@@ -16,12 +16,14 @@ from libc.string cimport memcpy, memset
 
 from qcow2x._core.cache cimport (SLOT_VALID, cache_begin_load, cache_end_load, q2_cache, q2_slot)
 from qcow2x._core.errors cimport fail
+from qcow2x._core.overlap cimport guard_refblocks
 from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_wait, room_wake,
                                  runs_append)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport q2_load_be64, q2_store_be64
+from qcow2x._core.wire cimport (Q2_HDR_INCOMPAT, Q2_INCOMPAT_CORRUPT, q2_load_be64,
+                                q2_store_be64)
 
 
 cdef q2_status load_reftable(ImageState img) noexcept nogil:
@@ -39,6 +41,7 @@ cdef q2_status load_reftable(ImageState img) noexcept nogil:
     if st == Q2_OK and img.rt is NULL:
         img.rt = table
         table = NULL
+        st = guard_refblocks(img)
     pthread_rwlock_unlock(&img.meta)
     free(table)
     return st
@@ -352,3 +355,16 @@ cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil:
     img.count.metadata_writes += 1
     img.count.barriers += 1
     return poison_unless_full(img, st)
+
+
+cdef void mark_corrupt(ImageState img) noexcept nogil:
+    if not q2_load(&img.guard_hit) or q2_load(&img.broken):
+        return
+    pthread_mutex_lock(&img.commit)
+    # Poisoned whatever becomes of the bit; version 2 has none.
+    if img.geo.version >= 3 and not img.header.fields.incompat & Q2_INCOMPAT_CORRUPT:
+        img.header.fields.incompat |= Q2_INCOMPAT_CORRUPT
+        q2_store_be64(img.head + Q2_HDR_INCOMPAT, img.header.fields.incompat)
+        write_head(img, Q2_SITE_HEADER_UPDATE)
+    q2_store(&img.broken, 1)
+    pthread_mutex_unlock(&img.commit)

@@ -10,6 +10,7 @@ from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.geometry cimport l1_entries_for
 from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
+from qcow2x._core.overlap cimport HOLDS_FIXED, guard_add
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
@@ -90,7 +91,8 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         img.l1_offset = first << cbits
         img.header.fields.l1_size = img.l1_size
         img.header.fields.l1_offset = img.l1_offset
-        if old_n:
+        st = guard_add(img, HOLDS_FIXED, first, n_clusters)
+        if old_n and st == Q2_OK:
             st = runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
     pthread_rwlock_unlock(&img.meta)
     pthread_mutex_unlock(&img.commit)

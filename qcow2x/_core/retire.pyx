@@ -18,6 +18,7 @@ from libc.string cimport memset
 
 from qcow2x._core.alloc cimport get_refcount_of, set_refcount_of
 from qcow2x._core.metadata cimport load_slice_committing
+from qcow2x._core.overlap cimport guard_remove
 from qcow2x._core.state cimport q2_runs, runs_add, runs_append, runs_clear
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport *
@@ -64,6 +65,7 @@ cdef q2_status make_free(ImageState img, uint64_t cluster, q2_runs *unused,
     cdef q2_status st = set_refcount_of(img, cluster, 0, miss)
     if st == Q2_OK:
         img.count.freed += 1
+        guard_remove(img, cluster, 1)
     return st
 
 

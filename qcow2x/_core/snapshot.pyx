@@ -13,6 +13,8 @@ from qcow2x._core.alloc cimport alloc_contiguous
 from qcow2x._core.cache cimport cache_forget_all
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
+from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_SNAPSHOT_L1, guard_image, guard_remove,
+                                   guard_table)
 from qcow2x._core.reftree cimport refresh_copied, shift_refcounts, shift_runs
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.state cimport *
@@ -99,6 +101,15 @@ cdef void name_table(ImageState img, const q2_table *table) noexcept nogil:
     q2_store_be64(img.head + Q2_HDR_SNAPSHOTS_OFFSET, table.host_off)
     img.header.fields.nb_snapshots = table.count
     img.header.fields.snapshots_offset = table.host_off
+
+
+cdef q2_status guard_new(ImageState img, uint32_t holds, uint64_t host_off,
+                         uint64_t nbytes) noexcept nogil:
+    cdef q2_status st
+    pthread_rwlock_wrlock(&img.meta)
+    st = guard_table(img, holds, host_off, nbytes)
+    pthread_rwlock_unlock(&img.meta)
+    return st
 
 
 cdef q2_status write_table(ImageState img, const q2_table *table) noexcept nogil:
@@ -191,6 +202,8 @@ cdef q2_status punch_freed(ImageState img, q2_runs *freed) noexcept nogil:
         img.count.freed += freed.run[i].n
         i = j
     pthread_rwlock_wrlock(&img.meta)
+    for i in range(freed.n):
+        guard_remove(img, freed.run[i].first, freed.run[i].n)
     if freed.run[0].first < img.free_hint:
         img.free_hint = freed.run[0].first
     pthread_rwlock_unlock(&img.meta)
@@ -263,6 +276,10 @@ cdef q2_status create_snapshot(ImageState img, uint64_t l1_copy_off, const q2_ta
         name_table(img, table)
         mark_dirty(img, False)
         st = write_head(img, Q2_SITE_SNAPSHOT_WRITE)
+    if st == Q2_OK:
+        st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
+    if st == Q2_OK:
+        st = guard_new(img, HOLDS_SNAPSHOT_L1, l1_copy_off, <uint64_t>img.l1_size * 8)
     # 4. The old table does not.
     if st == Q2_OK:
         forget_caches(img)
@@ -299,6 +316,8 @@ cdef q2_status delete_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size
         changed = True
         name_table(img, table)
         st = write_head(img, Q2_SITE_SNAPSHOT_WRITE)
+    if st == Q2_OK:
+        st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     # 2. They are given back.
     if st == Q2_OK:
         st = shift_refcounts(img, l1, l1_size, -1, &freed)
@@ -353,11 +372,12 @@ cdef q2_status switch_l1(ImageState img, uint64_t *l1, uint64_t host_off, uint32
     img.header.fields.l1_size = n
     img.header.fields.l1_offset = host_off
     img.header.fields.size = disk_size
+    st = guard_image(img)
     cache_forget_all(&img.l2)
     pthread_rwlock_unlock(&img.meta)
     free(dirty)
     free(l1)
-    return Q2_OK
+    return st
 
 
 cdef q2_status apply_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size,

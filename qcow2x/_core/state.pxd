@@ -34,6 +34,12 @@ cdef struct q2_runs:
     uint64_t n
     uint64_t room
 
+# Clusters that hold tables, see overlap.pyx.
+cdef struct q2_guard:
+    uint64_t *slot
+    uint64_t mask
+    uint64_t n
+
 cdef struct q2_counters:
     uint64_t metadata_writes
     uint64_t barriers
@@ -70,6 +76,8 @@ cdef class ImageState(Storage):
     cdef q2_inflight *inflight
     cdef q2_runs dropped            # unmapped, but not yet durably so
     cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
+    cdef q2_guard guarded
+    cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
     cdef uint64_t epoch
     cdef bint frozen                # writers wait outside: a snapshot is being made
 
@@ -82,6 +90,7 @@ cdef class ImageState(Storage):
     cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
     cdef uint64_t table_seq         # the same after the last L2 table written
     cdef uint64_t closed            # 1 from close() on; set under meta, exclusive
+    cdef uint64_t guard_hit         # 1 after a write was refused because it would hit a table
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far
 

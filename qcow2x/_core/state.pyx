@@ -34,6 +34,7 @@ cdef class ImageState(Storage):
         free(self.l1)
         free(self.l1_dirty)
         free(self.rt)
+        free(self.guarded.slot)
         free(self.dropped.run)
         free(self.limbo[0].run)
         free(self.limbo[1].run)

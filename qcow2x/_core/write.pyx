@@ -17,7 +17,8 @@ from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_table,
                                    entry_changed, entry_is_ours, find_entry, plan_range)
-from qcow2x._core.metadata cimport load_slice
+from qcow2x._core.metadata cimport MISSING_REFTABLE, load_slice
+from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, q2_plan
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.state cimport *
@@ -126,13 +127,18 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
         if st != Q2_OK:
             return st
         w.host_off = host_cluster(e)
+        if not img.geo.external_data:
+            st = guard_write(img, w.host_off, 1)
+            if st != Q2_OK:
+                return st
     # Further clusters of the same sort. With subclusters a kept cluster goes alone: its
     # neighbours have other bits.
     while (n < left and first_cl + n <= last_cl
            and not (w.what == KEEP and img.geo.subclusters > 1)):
         other = load_l2e(&img.geo, at + (n << img.geo.l2_entry_bits))
         if (classify(img, first_cl + n, other, guest_off, end) != w.what
-                or (w.what == KEEP and host_cluster(other) != w.host_off + (n << cbits))
+                or (w.what == KEEP and (host_cluster(other) != w.host_off + (n << cbits)
+                                        or guard_write(img, host_cluster(other), 1) != Q2_OK))
                 or overlaps_inflight(img, first_cl + n, 1)):
             break
         n += 1
@@ -277,6 +283,22 @@ cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nb
     return st
 
 
+cdef q2_status guard_in_place(ImageState img, const q2_plan *plan,
+                              uint64_t *miss) noexcept nogil:
+    """meta, any side: the extents that write_in_place will write hold no table."""
+    cdef int32_t i
+    cdef q2_status st = Q2_OK
+    if img.rt is NULL and img.guard_level >= GUARD_CACHED:
+        # The first write of all: where the refcount blocks are is not known yet.
+        miss[0] = MISSING_REFTABLE
+        return Q2_MISS
+    for i in range(plan.n):
+        if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place or st != Q2_OK:
+            return st
+        st = guard_write(img, plan.extent[i].host_off, plan.extent[i].nbytes)
+    return st
+
+
 cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbytes,
                               uint64_t guest_off, uint32_t flags, bint *entered,
                               uint32_t *parity, uint64_t *done) noexcept nogil:
@@ -294,6 +316,8 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
             entered[0] = st == Q2_OK
         if st == Q2_OK:
             st = plan_range(img, guest_off, nbytes, True, &plan, &miss)
+            if st == Q2_OK and not img.geo.external_data:
+                st = guard_in_place(img, &plan, &miss)
         elif st == Q2_BUSY:
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
