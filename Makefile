@@ -1,6 +1,7 @@
 # make demo     see it work on a real disk        make test    install, build, run every test
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
+# make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test build wheel sdist bench lint deps clean
+.PHONY: demo test build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -36,6 +37,15 @@ build: $(VENV)/.ready
 	@$(PYTHON) scripts/install_needs.py build
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(MAKE) --no-print-directory $(VENV)/.linked
+
+# Python is not built with them, so the runtime has to be loaded ahead of it; and taken out of the
+# environment again, because QEMU's tools hang under it.
+TESTS ?= tests/test_header.py
+sanitize: export QCOW2X_DEBUG = 1
+sanitize: export QCOW2X_SANITIZE = address,undefined
+sanitize: build
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c \
+		'import os, sys; del os.environ["LD_PRELOAD"]; import pytest; sys.exit(pytest.main())' $(TESTS)
 
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo

@@ -129,6 +129,30 @@ assert q2consumer.read(storage, 3999, 14) == b"\\0from outside\\0"
     assert disk.read_bytes() == bytes(4000) + b"from outside" + bytes(4180)
 
 
+def test_consumer_extension_reads_and_writes_an_open_image(consumer, tmp_path):
+    disk = tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(disk), "1M")
+    consumer(
+        """
+import sys
+import q2consumer
+import qcow2x
+
+with qcow2x.open(sys.argv[1], "r+") as image:
+    q2consumer.write(image, 65530, b"across a cluster's end")
+    assert q2consumer.read(image, 65530, 23) == b"across a cluster's end\\0"
+    assert q2consumer.is_image(image)
+""",
+        disk,
+        cwd=tmp_path,
+    )
+    run("qemu-img", "check", str(disk))
+    run("qemu-img", "convert", "-O", "raw", str(disk), str(tmp_path / "raw"))
+    guest = (tmp_path / "raw").read_bytes()
+    assert guest.replace(b"across a cluster's end", bytes(22)) == bytes(1 << 20)
+    assert guest.index(b"across") == 65530
+
+
 def test_consumer_extension_gets_the_typed_error(consumer, tmp_path):
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(512))

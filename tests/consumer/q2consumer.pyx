@@ -11,6 +11,11 @@ cdef extern from "qcow2x/format.h" nogil:
 MAGIC = Q2_MAGIC
 
 
+def is_image(qcow2x.Storage storage):
+    """Whether the bytes are those of a guest disk, not of a file."""
+    return isinstance(storage, qcow2x.CoreImage)
+
+
 def read(qcow2x.Storage storage, uint64_t offset, size_t nbytes):
     """`nbytes` bytes at `offset`."""
     cdef bytearray answer = bytearray(nbytes)
