@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from qcow2x.inspection import (
         inspect as inspect,
     )
+    from qcow2x.ops.amend import amend as amend
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
@@ -104,6 +105,7 @@ _HOME = {
     ),
     "qcow2x.image": ("Image", "open"),
     "qcow2x.inspection": ("Inspection", "Inspector", "inspect"),
+    "qcow2x.ops.amend": ("amend",),
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),

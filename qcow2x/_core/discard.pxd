@@ -15,6 +15,10 @@ cdef q2_status discard_guest(ImageState img, uint64_t guest_off, uint64_t nbytes
 cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, bint may_unmap,
                           bint fua) noexcept nogil
 
+# No lock held. Unmaps whole clusters of the range, whatever would show through. For taking zero flags
+# away where nothing would.
+cdef q2_status unmap_guest(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil
+
 # No lock held. Unmaps every whole cluster at or after guest_off, whatever would show through: for
 # shrinking.
 cdef q2_status unmap_tail(ImageState img, uint64_t guest_off) noexcept nogil

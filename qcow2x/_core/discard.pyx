@@ -284,6 +284,15 @@ cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, b
     return st
 
 
+cdef q2_status unmap_guest(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil:
+    cdef uint64_t first, end
+    cdef q2_status st = may_write(img)
+    whole_clusters(img, guest_off, nbytes, &first, &end)
+    if st == Q2_OK and first < end:
+        st = change_clusters(img, UNMAP, first, end)
+    return st
+
+
 cdef q2_status unmap_tail(ImageState img, uint64_t guest_off) noexcept nogil:
     cdef uint64_t first = round_up(guest_off, img.geo.cluster_size) >> img.geo.cluster_bits
     cdef uint64_t end = round_up(img.disk_size, img.geo.cluster_size) >> img.geo.cluster_bits

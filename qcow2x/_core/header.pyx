@@ -353,6 +353,23 @@ cdef class Header:
         if raw:
             self.fields.autoclear |= Q2_AUTOCLEAR_RAW_DATA
 
+    def set_version(self, uint32_t version):
+        """Version 2 or 3. Going down needs every feature of version 3 gone; going up adds none."""
+        self.fields.version = version
+        self.fields.header_length = Q2_HDR_V2_LENGTH if version == 2 else Q2_HDR_LENGTH_NOW
+        if version == 2:
+            self.fields.incompat = self.fields.compat = self.fields.autoclear = 0
+            self.unknown_fields = b""
+            self.set_extension(Q2_EXT_FEATURE_NAMES, None)
+        elif <uint64_t>1 << self.fields.cluster_bits >= FEATURE_TABLE_MIN_CLUSTER:
+            self.set_extension(Q2_EXT_FEATURE_NAMES, feature_name_table())
+
+    def set_lazy_refcounts(self, bint lazy):
+        if lazy:
+            self.fields.compat |= Q2_COMPAT_LAZY_REFCOUNTS
+        else:
+            self.fields.compat &= ~Q2_COMPAT_LAZY_REFCOUNTS
+
     def set_size(self, uint64_t size):
         """Says how long the guest disk is, in bytes."""
         self.fields.size = size

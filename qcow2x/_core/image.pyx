@@ -12,7 +12,8 @@ from posix.uio cimport iovec
 
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
-from qcow2x._core.discard cimport discard_guest, zero_guest
+from qcow2x._core.amend cimport change_refcount_width
+from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport flush_closing, flush_if_metadata_changed, flush_image
 from qcow2x._core.geometry cimport l1_entries_for, set_geometry
@@ -442,6 +443,42 @@ cdef class CoreImage(ImageState):
     def _guard(self, holds, host_off, nbytes):
         """Tables that the core does not look for itself: HOLDS of overlap.pxd."""
         check_status(guard_table(self, holds, host_off, nbytes), self.name)
+
+    # ---- Amending: what qcow2x/ops/amend.py asks for ---------------------------------------------
+
+    def _change_refcount_width(self, order):
+        cdef uint32_t n = order
+        cdef q2_status st
+        with nogil:
+            st = change_refcount_width(self, n)
+        check_status(st, self.name)
+
+    def _unmap(self, offset, length):
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = door_length(length)
+        cdef q2_status st = self._inside(off, n)
+        if st == Q2_OK:
+            with nogil:
+                st = unmap_guest(self, off, n)
+        self._raise_write(st)
+
+    def _rewrite_header(self):
+        """The whole header cluster as the Header object now says it, durably. Nothing may write
+        meanwhile."""
+        cdef bytes encoded = self.header.encode()
+        cdef const char *cluster = PyBytes_AS_STRING(encoded)
+        cdef uint64_t nbytes = len(encoded)
+        cdef q2_status st
+        with nogil:
+            pthread_mutex_lock(&self.commit)
+            st = self.file.write_at(Q2_SITE_HEADER_UPDATE, cluster, nbytes, 0, WRITE_DEFERRED)
+            if st == Q2_OK:
+                st = self.file.sync(Q2_SITE_BARRIER)
+            if st == Q2_OK:
+                memcpy(self.head, cluster, 512)
+                self.geo.version = self.header.fields.version
+            pthread_mutex_unlock(&self.commit)
+        check_status(st, self.name)
 
     def _l1_entries_for(self, nbytes):
         return l1_entries_for(&self.geo, door_length(nbytes))

@@ -30,6 +30,7 @@ cdef extern from "qcow2x/format.h" nogil:
     uint32_t Q2_HDR_RT_CLUSTERS
     uint32_t Q2_HDR_NB_SNAPSHOTS
     uint32_t Q2_HDR_SNAPSHOTS_OFFSET
+    uint32_t Q2_HDR_REFCOUNT_ORDER
     uint32_t Q2_HDR_INCOMPAT
     uint32_t Q2_HDR_AUTOCLEAR
     uint64_t Q2_INCOMPAT_DIRTY

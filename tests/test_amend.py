@@ -1,0 +1,132 @@
+"""amend: every change both ways, with the disk the same before and after, as qemu-img sees it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from support.qemu import check_clean, qemu_img, qemu_io
+
+import qcow2x
+
+SIZE = 3 << 20
+
+
+def specific(path: Path) -> dict[str, object]:
+    told = json.loads(qemu_img("info", "--output=json", path))
+    data = told["format-specific"]["data"]
+    assert isinstance(data, dict)
+    return data
+
+
+def filled(path: Path, **options: object) -> bytearray:
+    qcow2x.create(path, SIZE, **options)  # type: ignore[arg-type]
+    rnd, model = random.Random(7), bytearray(SIZE)
+    with qcow2x.open(path, "r+", references="follow") as image:
+        for _ in range(40):
+            offset = rnd.randrange(SIZE)
+            length = min(rnd.choice([100, 5000, 70000]), SIZE - offset)
+            data = rnd.randbytes(length)
+            image.pwrite(data, offset)
+            model[offset : offset + length] = data
+        image.write_zeroes(SIZE // 2, 200_000)
+        model[SIZE // 2 : SIZE // 2 + 200_000] = bytes(200_000)
+    return model
+
+
+def holds(path: Path, model: bytes) -> None:
+    check_clean(path)
+    with qcow2x.open(path, references="follow") as image:
+        assert image.check().clean
+        assert image.pread(SIZE, 0) == model
+    qemu_io(path, "read 0 3M")
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+def test_every_refcount_width_after_another(tmp_path: Path, cluster_size: int) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path, cluster_size=cluster_size)
+    for bits in (64, 1, 8, 2, 32, 4, 16):
+        qcow2x.amend(path, refcount_bits=bits)
+        assert specific(path)["refcount-bits"] == bits
+        holds(path, model)
+        with qcow2x.open(path, "r+") as image:
+            image.pwrite(b"after", 12345)
+        model[12345:12350] = b"after"
+    holds(path, model)
+
+
+def test_a_refcount_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path)
+    with qcow2x.open(path, "r+") as image:
+        image.snapshots.create("s")
+    with pytest.raises(qcow2x.UnsupportedFeature, match="too large"):
+        qcow2x.amend(path, refcount_bits=1)
+    holds(path, model)
+    qcow2x.amend(path, refcount_bits=2)
+    holds(path, model)
+    with qcow2x.open(path, snapshot="s") as then:
+        assert then.pread(SIZE, 0) == model
+
+
+@pytest.mark.parametrize("backed", [False, True])
+def test_down_to_version_2_and_up_again(tmp_path: Path, backed: bool) -> None:
+    path, base = tmp_path / "disk.qcow2", tmp_path / "base.raw"
+    options = {}
+    if backed:
+        base.write_bytes(b"\xaa" * SIZE)
+        options = {"backing_file": str(base), "backing_format": "raw"}
+    filled(path, **options)
+    with qcow2x.open(path, references="follow") as image:
+        model = bytearray(image.pread(SIZE, 0))
+    qcow2x.amend(path, compat="0.10", references="follow")
+    assert specific(path)["compat"] == "0.10"
+    holds(path, model)
+    qcow2x.amend(path, compat="1.1", lazy_refcounts=True, references="follow")
+    assert specific(path)["compat"] == "1.1" and specific(path)["lazy-refcounts"] is True
+    holds(path, model)
+    qcow2x.amend(path, compat="1.1", refcount_bits=64, lazy_refcounts=False, references="follow")
+    assert specific(path)["refcount-bits"] == 64
+    holds(path, model)
+
+
+@pytest.mark.parametrize(
+    "options,reason",
+    [
+        ({"extended_l2": True}, "extended L2"),
+        ({"compression_type": "zstd"}, "zstd"),
+        ({"refcount_bits": 8}, "8-bit"),
+        ({"lazy_refcounts": True}, "lazy"),
+    ],
+)
+def test_what_version_2_cannot_say_is_named(
+    tmp_path: Path, options: dict[str, object], reason: str
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path, **options)
+    with pytest.raises(qcow2x.UnsupportedFeature, match=reason):
+        qcow2x.amend(path, compat="0.10")
+    holds(path, model)
+
+
+def test_a_data_file_gets_a_new_name(tmp_path: Path) -> None:
+    path, old, new = tmp_path / "disk.qcow2", tmp_path / "old.raw", tmp_path / "new.raw"
+    model = filled(path, data_file=old)
+    old.rename(new)
+    qcow2x.amend(path, data_file=new, references=lambda reference: new)
+    holds(path, model)
+    with pytest.raises(ValueError, match="data_file"):
+        qcow2x.amend(path, data_file="")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, SIZE)
+    for wrong in ({"compat": "2"}, {"refcount_bits": 3}, {"data_file": "x"}):
+        with pytest.raises(ValueError):
+            qcow2x.amend(path, **wrong)  # type: ignore[arg-type]
+    with qcow2x.open(path) as image, pytest.raises(PermissionError):
+        qcow2x.amend(image, lazy_refcounts=True)
