@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,3 +108,72 @@ def test_a_failed_open_leaves_no_lock(tmp_path: Path) -> None:
     with pytest.raises(qcow2x.FormatError):
         qcow2x.open(path, "r+")
     assert run("qemu-io", "-f", "raw", "-c", "write 0 512", path).returncode == 0
+
+
+# Who holds the image, and who comes: for real, in processes of their own.
+HOLDERS = {"qcow2x r": False, "qcow2x r+": True, "qemu-io -r": False, "qemu-io": True}
+COMERS = {
+    "qcow2x r": False,
+    "qcow2x r+": True,
+    "qcow2x lock=False": None,
+    "qemu-img info": False,
+    "qemu-img info -U": None,
+    "qemu-io -r": False,
+    "qemu-io": True,
+}
+_HOLD = """
+import sys, qcow2x
+with qcow2x.open(sys.argv[1], sys.argv[2]):
+    print("have it", flush=True)
+    sys.stdin.readline()
+"""
+_COME = """
+import sys, qcow2x
+try:
+    qcow2x.open(sys.argv[1], sys.argv[2], lock=sys.argv[3] == "lock").close()
+except qcow2x.ImageLocked:
+    sys.exit(1)
+"""
+
+
+@contextmanager
+def held(path: Path, holder: str) -> Iterator[None]:
+    if holder.startswith("qemu-io"):
+        with opened_by_qemu(path, *holder.split()[1:]):
+            yield
+        return
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLD, path, holder.split()[1]],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline() == "have it\n"
+        yield
+        child.stdin.write("\n")
+        child.stdin.flush()
+
+
+def come(path: Path, comer: str) -> bool:
+    if comer.startswith("qcow2x"):
+        mode = "r+" if comer.endswith("r+") else "r"
+        lock = "no" if comer.endswith("False") else "lock"
+        return run(sys.executable, "-c", _COME, path, mode, lock).returncode == 0
+    if comer.startswith("qemu-img"):
+        return run(*comer.split(), path).returncode == 0
+    return run(*comer.split(), "-c", "length", path).returncode == 0
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_matrix_of_holders_and_comers(image: Path, holder: str) -> None:
+    with held(image, holder):
+        got_in = {comer for comer in COMERS if come(image, comer)}
+    # Readers share with readers; a writer shares with nobody; who takes no lock always gets in.
+    expected = {
+        comer
+        for comer, writes in COMERS.items()
+        if writes is None or not (writes or HOLDERS[holder])
+    }
+    assert got_in == expected
+    assert all(come(image, comer) for comer in COMERS), "no lock is left behind"
