@@ -19,6 +19,7 @@ from qcow2x._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qcow2x._include import get_include as get_include
+    from qcow2x.encryption import Encryption as Encryption
     from qcow2x.errors import (
         Cancelled as Cancelled,
     )
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "qcow2x._include": ("get_include",),
+    "qcow2x.encryption": ("Encryption",),
     "qcow2x.errors": (
         "Cancelled",
         "CorruptImage",

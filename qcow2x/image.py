@@ -23,7 +23,9 @@ from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from qcow2x._core.crypto import SectorCipher
     from qcow2x.backing import ReferencePolicy
+    from qcow2x.encryption import KeySource
     from qcow2x.storage import Source
 
 # Kinds of runs, as in include/qcow2x/plan.h.
@@ -39,7 +41,7 @@ def open(
     references: ReferencePolicy = "deny",
     cache: str = "writeback",
     snapshot: str | None = None,
-    key: object = None,
+    key: KeySource | None = None,
     lock: bool = True,
     l2_cache_size: int | None = None,
     backing: Source | bool | None = None,
@@ -73,21 +75,25 @@ def open(
     leads to them: ``none``, ``constant`` (header, L1, refcount and snapshot table), ``cached`` (and L2
     tables, refcount blocks, snapshots' L1 tables) or ``all`` (and snapshots' L2 tables). Such a write
     raises CorruptImage, sets the image's corrupt bit, and nothing is written after it.
+    ``key`` is the passphrase of an encrypted image: bytes, text (as UTF-8), a callable that gets
+    the image's name and returns either, or a mapping from names to either. It serves every
+    encrypted layer of the chain. Nothing of it is kept; see :mod:`qcow2x.encryption`.
 
     ``lock`` takes part in QEMU's image locking (see :mod:`qcow2x.locking`): ImageLocked if another
     program has the image open in a way that excludes this one.
 
     Raises FormatError for what is not a valid image, UnsupportedFeature for what it needs and is
-    not supported, CorruptImage, ReferenceDenied, OSError. Nothing stays open after a failure.
+    not supported, CorruptImage, ReferenceDenied,
+    KeyRequired for an encrypted image without its key, OSError. Nothing stays open after a failure.
     """
     if mode not in ("r", "r+"):
         raise ValueError(f'mode must be "r" or "r+", not {mode!r}')
     check_mode(cache)
     if snapshot is not None and mode != "r":
         raise ValueError('a snapshot can only be opened with mode "r"')
-    opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file)
+    opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file, key)
     opener.overlap_check = overlap_check
-    return opener.open(source, mode == "r+", backing, key)
+    return opener.open(source, mode == "r+", backing)
 
 
 class _Opener:
@@ -101,6 +107,7 @@ class _Opener:
         lock: bool,
         snapshot: str | None,
         data_file: Source | bool | None,
+        key: KeySource | None,
     ) -> None:
         self.references = references
         self.cache = cache
@@ -108,13 +115,12 @@ class _Opener:
         self.lock = lock
         self.snapshot = snapshot
         self.data_file = data_file
+        self.key = key
         self.overlap_check = "cached"
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
-    def open(
-        self, source: Source, writable: bool, backing: Source | bool | None, key: object
-    ) -> Image:
+    def open(self, source: Source, writable: bool, backing: Source | bool | None) -> Image:
         # The layers are opened from the top down and stacked from the bottom up, in a loop: a
         # chain of a thousand must not need a thousand Python frames.
         layers: list[tuple[Storage, Header, Storage | None]] = []
@@ -129,7 +135,7 @@ class _Opener:
                 self._take_lock(storage, writable and top)
                 self.chain.enter(storage)
                 header = _load_header(storage)
-                _refuse_unsupported(header, storage.name, writable and top, key if top else None)
+                _refuse_unsupported(header, storage.name, writable and top)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
                         _snapshot.read_table(storage, header), self.snapshot, storage.name
@@ -162,6 +168,7 @@ class _Opener:
                     break
             if backing not in (None, False, True) and layers[0][1].backing_file is None:
                 raise ValueError(f"{layers[0][0].name}: backing= given, but it has no backing file")
+            self._check_key([header for _, header, _ in layers], layers[0][0].name)
             image: Image | None = None
             while layers:
                 storage, header, data = layers.pop()
@@ -171,6 +178,7 @@ class _Opener:
                     header,
                     backing=below,
                     data=data,
+                    cipher=self._cipher(storage, header),
                     l2_cache_size=self.l2_cache_size,
                     writable=writable and not layers,
                     overlap_check=self.overlap_check,
@@ -211,6 +219,21 @@ class _Opener:
         self.chain.enter(data)
         return data
 
+    def _check_key(self, headers: list[Header], name: str) -> None:
+        """A key that fits nowhere is a mistake; a callable or mapping may know of other images."""
+        if not isinstance(self.key, (bytes, bytearray, memoryview, str)):
+            return
+        if all(header.encryption is None for header in headers):
+            raise ValueError(f"{name}: a key was given, but the image is not encrypted")
+
+    def _cipher(self, storage: Storage, header: Header) -> SectorCipher | None:
+        if header.encryption is None:
+            return None
+        # What an image without encryption has no use for is not imported for it.
+        from qcow2x.encryption import open_cipher
+
+        return open_cipher(storage, header, self.key)
+
     def _take_lock(self, storage: Storage, writable: bool) -> None:
         if self.lock:
             taken = lock_image(storage, writable)
@@ -228,18 +251,8 @@ def _load_header(storage: Storage) -> Header:
     return Header.load(storage.pread, _disk_bytes(storage), storage.name)
 
 
-def _refuse_unsupported(header: Header, name: str, writable: bool, key: object) -> None:
+def _refuse_unsupported(header: Header, name: str, writable: bool) -> None:
     header.require_supported(name)
-    needs = []
-    if header.encryption is not None:
-        needs.append(f"{header.encryption} encryption")
-    if needs:
-        raise UnsupportedFeature(
-            f"{name}: the image needs what is not supported yet: {', '.join(needs)}",
-            features=tuple(needs),
-        )
-    if key is not None:
-        raise ValueError(f"{name}: a key was given, but the image is not encrypted")
     if writable and header.corrupt:
         raise _corrupt(name, "is marked corrupt and can only be read; repair it first")
     if writable and header.dirty:

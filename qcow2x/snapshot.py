@@ -316,7 +316,7 @@ class Snapshots(Sequence[Snapshot]):
         if image.writable:
             image.flush()
         header = header_at(image._header, wanted, image.name)
-        return Image(image._file, header, backing=image._backing)
+        return Image(image._file, header, backing=image._backing, cipher=image._cipher)
 
     def diff(self, a: str, b: str | None = None) -> Iterator[tuple[int, int]]:
         """The ranges ``(offset, length)`` in which two snapshots (or one and the disk as it is, for

@@ -7,6 +7,8 @@ from posix.uio cimport iovec
 from qcow2x._core.errors cimport fail
 from qcow2x._core.read cimport read_guest, reads_as_zero
 from qcow2x._core.scratch cimport scratch_give, scratch_take, zeros
+from qcow2x._core.sectors cimport write_encrypted
+from qcow2x._core.state cimport is_encrypted
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 
@@ -60,7 +62,11 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
     cdef q2_side head, tail
     cdef iovec iov[3]
     cdef int32_t n = 0
+    cdef int32_t site
     cdef q2_status st
+    if is_encrypted(img):
+        # What the host holds as zeros is none to the guest: both sides have to be written.
+        fresh = False
     head.guest_off = cow.head_off
     head.nbytes = cow.head_bytes
     tail.guest_off = cow.tail_off
@@ -81,9 +87,11 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
             iov[n].iov_len = data_bytes
             n += 1
         n = add_side(iov, n, &tail)
-        if n:
-            st = img.data.writev_at(Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE, iov, n,
-                                    host_off, WRITE_DEFERRED)
+        site = Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE
+        if is_encrypted(img):
+            st = write_encrypted(img, site, iov, n, host_off, cow.head_off, WRITE_DEFERRED)
+        elif n:
+            st = img.data.writev_at(site, iov, n, host_off, WRITE_DEFERRED)
     scratch_give(head.scratch, head.nbytes)
     scratch_give(tail.scratch, tail.nbytes)
     return st

@@ -374,6 +374,13 @@ cdef class Header:
         """Says how long the guest disk is, in bytes."""
         self.fields.size = size
 
+    def set_encryption(self, str method, uint64_t offset=0, uint64_t nbytes=0):
+        """Says how the data clusters are encrypted (``"aes"`` or ``"luks"``) and, for LUKS, where
+        its header and key slots lie."""
+        self.fields.crypt_method = {"aes": Q2_CRYPT_AES, "luks": Q2_CRYPT_LUKS}[method]
+        self.set_extension(Q2_EXT_CRYPTO_HEADER, offset.to_bytes(8, "big")
+                           + nbytes.to_bytes(8, "big") if method == "luks" else None)
+
     def extension(self, uint32_t kind):
         """The bytes of the first extension of this type, or None."""
         for found, data in self.extensions:

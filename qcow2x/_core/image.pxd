@@ -17,6 +17,7 @@ cdef enum:
 
 cdef class CoreImage(ImageState):
     cdef _load_l1(self)
+    cdef _guard_luks_header(self)
     cdef _init_caches(self, uint64_t l2_bytes)
     cdef _set_backing(self, Storage backing)
     cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,
@@ -27,4 +28,5 @@ cdef class CoreImage(ImageState):
     cdef int _raise_write(self, q2_status st) except -1
     cdef q2_status _open_status(self) noexcept nogil
     cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil
+    cdef q2_status _takes_compressed(self, uint64_t off) noexcept nogil
     cdef size_t _until_end(self, uint64_t nbytes, uint64_t off) noexcept nogil

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from typing_extensions import Buffer
 
+from qcow2x._core.crypto import SectorCipher
 from qcow2x._core.header import Header
 from qcow2x._core.storage import Storage
 
@@ -15,6 +16,7 @@ class CoreImage(Storage):
         *,
         backing: Storage | None = None,
         data: Storage | None = None,
+        cipher: SectorCipher | None = None,
         l2_cache_size: int | None = None,
         writable: bool = False,
         discard_to_host: bool = True,
@@ -47,6 +49,8 @@ class CoreImage(Storage):
     def _backing(self) -> Storage | None: ...
     @property
     def _data(self) -> Storage: ...
+    @property
+    def _cipher(self) -> SectorCipher | None: ...
     def _plan(self, offset: int, length: int) -> list[tuple[int, int, int, int]]: ...
     def _resize(self, size: int) -> None: ...
     def _allocate(self, offset: int, length: int) -> None: ...

@@ -13,6 +13,7 @@ from posix.uio cimport iovec
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
+from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport flush_closing, flush_if_metadata_changed, flush_image
@@ -27,7 +28,7 @@ from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
                                     q2_table, release_clusters, reserve_clusters)
-from qcow2x._core.state cimport begin_request, leave_request
+from qcow2x._core.state cimport begin_request, is_encrypted, leave_request
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
@@ -37,6 +38,7 @@ from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
 DEFAULT_L2_CACHE = 32 << 20
+cdef uint64_t MAX_LUKS_BYTES = 4 << 20
 #: What overlap_check= may say; see overlap.pxd.
 GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED, "all": GUARD_ALL}
 
@@ -50,12 +52,13 @@ cdef class CoreImage(ImageState):
     """
 
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
-                 Storage data=None, l2_cache_size=None, bint writable=False,
-                 bint discard_to_host=True, str overlap_check="cached"):
+                 Storage data=None, SectorCipher cipher=None, l2_cache_size=None,
+                 bint writable=False, bint discard_to_host=True, str overlap_check="cached"):
         cdef q2_status st
         self.file = file
         self.data = file if data is None else data
         self.header = header
+        self.cipher = cipher
         self.name = file.name
         self.read_only = not writable
         self.durable = file.durable_writes
@@ -82,6 +85,7 @@ cdef class CoreImage(ImageState):
         self._load_l1()
         self._init_caches(l2_cache_size)
         check_status(guard_image(self), self.name)
+        self._guard_luks_header()
         self._set_backing(backing)
         with nogil:
             st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
@@ -102,6 +106,13 @@ cdef class CoreImage(ImageState):
             for i in range(entries):
                 self.l1[i] = q2_load_be64(&self.l1[i])
         check_status(st, self.name)
+
+    cdef _guard_luks_header(self):
+        place = self.header.crypto_header
+        if place is not None:
+            # Eight slots of the longest keys end at 2 MiB; a header may claim all of the file.
+            check_status(guard_table(self, HOLDS_FIXED, place[0], min(place[1], MAX_LUKS_BYTES)),
+                         self.name)
 
     cdef _init_caches(self, uint64_t l2_bytes):
         # No larger than all there is to cache.
@@ -200,7 +211,9 @@ cdef class CoreImage(ImageState):
         cdef q2_status st
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         cdef Py_ssize_t n = view.len
-        st = self._inside(off, n)
+        st = self._takes_compressed(off)
+        if st == Q2_OK:
+            st = self._inside(off, n)
         if st == Q2_OK and (off & (self.geo.cluster_size - 1) or (
                 n & (self.geo.cluster_size - 1) and off + n != self.disk_size)):
             st = fail(Q2_E_RANGE, Q2_SITE_NONE, off,
@@ -257,7 +270,9 @@ cdef class CoreImage(ImageState):
         cdef uint64_t size = self.geo.cluster_size
         cdef uint64_t total = 0, i
         cdef uint64_t clusters = lengths.shape[0]
-        cdef q2_status st = self._inside(off, plain.shape[0])
+        cdef q2_status st = self._takes_compressed(off)
+        if st == Q2_OK:
+            st = self._inside(off, plain.shape[0])
         for i in range(clusters):
             if lengths[i] != BATCH_SKIP:
                 if lengths[i] >= size:
@@ -545,6 +560,10 @@ cdef class CoreImage(ImageState):
     def _data(self):
         return self.data
 
+    @property
+    def _cipher(self):
+        return self.cipher
+
     def _counters(self):
         """The figures behind Image.stats(), in the order of qcow2x.types.Stats."""
         return (
@@ -652,6 +671,13 @@ cdef class CoreImage(ImageState):
     cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil:
         if off > self.disk_size or nbytes > self.disk_size - off:
             return fail(Q2_E_RANGE, Q2_SITE_NONE, off, b"the range reaches past the disk's end")
+        return Q2_OK
+
+    cdef q2_status _takes_compressed(self, uint64_t off) noexcept nogil:
+        if is_encrypted(self):
+            return fail(Q2_E_UNSUPPORTED, Q2_SITE_COMPRESSED_WRITE, off,
+                        b"compressed clusters are never encrypted, so that an encrypted image"
+                        b" takes none")
         return Q2_OK
 
     cdef size_t _until_end(self, uint64_t nbytes, uint64_t off) noexcept nogil:

@@ -1,5 +1,6 @@
 # cython: language_level=3
-"""An empty image on disk: header, refcount table, refcount blocks and L1 table, in this order."""
+"""An empty image on disk: header, refcount table, refcount blocks, L1 table and, for LUKS,
+its header and key slots, in this order."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -17,19 +18,23 @@ cdef struct q2_layout:
     uint64_t l1_clusters
     uint64_t n_blocks        # refcount blocks
     uint64_t rt_clusters
+    uint64_t luks_clusters
     uint64_t n_clusters      # all of them together with the header
 
 
 # Every cluster of the layout needs a refcount, and the refcounts need clusters: grow both until
 # they fit. Both only ever grow, and by ever less, so this ends after a few rounds.
-cdef q2_layout plan_layout(const q2_geometry *g, uint64_t size) noexcept nogil:
+cdef q2_layout plan_layout(const q2_geometry *g, uint64_t size,
+                           uint64_t luks_bytes) noexcept nogil:
     cdef q2_layout lay
     cdef uint64_t blocks, entries = g.cluster_size >> 3
     lay.l1_size = l1_entries_for(g, size)
     lay.l1_clusters = (lay.l1_size * 8 + g.cluster_size - 1) >> g.cluster_bits
+    lay.luks_clusters = (luks_bytes + g.cluster_size - 1) >> g.cluster_bits
     lay.n_blocks = lay.rt_clusters = 1
     while True:
-        lay.n_clusters = 1 + lay.rt_clusters + lay.n_blocks + lay.l1_clusters
+        lay.n_clusters = (1 + lay.rt_clusters + lay.n_blocks + lay.l1_clusters
+                          + lay.luks_clusters)
         blocks = (lay.n_clusters + (<uint64_t>1 << g.refblock_bits) - 1) >> g.refblock_bits
         if blocks <= lay.n_blocks:
             return lay
@@ -44,10 +49,11 @@ def largest_disk(uint32_t cluster_bits, bint extended_l2=False):
     return min(entries << (2 * cluster_bits - entry_bits), (1 << 63) - 512)
 
 
-def write_empty_image(Storage storage, Header header):
+def write_empty_image(Storage storage, Header header, bytes luks_area=b""):
     """Makes `storage` an empty image of what `header` says, and syncs it.
 
-    Sets the header's tables. A storage of fixed size keeps whatever lies behind the image's
+    `luks_area` is the LUKS header with its key slots, for an image that is encrypted so. Sets the
+    header's tables and the place of that area. A storage of fixed size keeps whatever lies behind the image's
     last table; any other is cut to the image's length first, so that its tables read as zeros.
     Raises ValueError, before anything is written, if the header does not fit in its cluster.
     """
@@ -56,30 +62,41 @@ def write_empty_image(Storage storage, Header header):
     cdef uint64_t l1_off
     set_geometry(&g, header.fields.version, header.fields.cluster_bits,
                  header.fields.refcount_order, header.fields.incompat & Q2_INCOMPAT_EXTL2 != 0)
-    cdef q2_layout lay = plan_layout(&g, header.fields.size)
+    cdef q2_layout lay = plan_layout(&g, header.fields.size, len(luks_area))
     l1_off = (1 + lay.rt_clusters + lay.n_blocks) << g.cluster_bits if lay.l1_size else 0
     header.set_tables(g.cluster_size, lay.rt_clusters, l1_off, lay.l1_size)
+    if luks_area:
+        header.set_encryption("luks", (lay.n_clusters - lay.luks_clusters) << g.cluster_bits,
+                              len(luks_area))
     cdef bytes head = header.encode_gil()
     cdef const uint8_t *head_bytes = head
+    cdef const uint8_t *luks = luks_area
+    cdef uint64_t luks_bytes = len(luks_area)
     with nogil:
-        st = write_layout(storage, &g, &lay, head_bytes)
+        st = write_layout(storage, &g, &lay, head_bytes, luks, luks_bytes)
     check_status(st, storage.name)
 
 
 cdef q2_status write_layout(Storage storage, const q2_geometry *g, const q2_layout *lay,
-                            const uint8_t *head) noexcept nogil:
+                            const uint8_t *head, const uint8_t *luks,
+                            uint64_t luks_bytes) noexcept nogil:
     cdef uint64_t front_clusters = 1 + lay.rt_clusters + lay.n_blocks
     cdef uint64_t front_bytes = front_clusters << g.cluster_bits
     cdef uint64_t end = front_bytes + lay.l1_size * 8
+    cdef uint64_t luks_off = front_bytes + (lay.l1_clusters << g.cluster_bits)
     cdef uint8_t *front = <uint8_t *>calloc(front_clusters, g.cluster_size)
     cdef q2_status st
     if front is NULL:
         return fail(Q2_E_NOMEM, Q2_SITE_CREATE_WRITE, 0, b"out of memory")
+    if luks_bytes:
+        end = luks_off + (lay.luks_clusters << g.cluster_bits)
     memcpy(front, head, g.cluster_size)
     fill_refcounts(front, g, lay)
     st = prepare_storage(storage, front_bytes, end)
     if st == Q2_OK:
         st = storage.write_at(Q2_SITE_CREATE_WRITE, front, front_bytes, 0, 0)
+    if st == Q2_OK and luks_bytes:
+        st = storage.write_at(Q2_SITE_CREATE_WRITE, luks, luks_bytes, luks_off, 0)
     if st == Q2_OK:
         st = storage.sync(Q2_SITE_CREATE_WRITE)
     free(front)

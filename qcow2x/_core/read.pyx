@@ -10,7 +10,8 @@ from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
                                 Q2_KIND_ZERO, q2_plan)
 from qcow2x._core.scratch cimport scratch_give, scratch_take
-from qcow2x._core.state cimport enter_request, has_backing, leave_request
+from qcow2x._core.sectors cimport read_encrypted
+from qcow2x._core.state cimport enter_request, has_backing, is_encrypted, leave_request
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport *
 
@@ -43,6 +44,9 @@ cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *bu
 
 cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
     if ext.kind == Q2_KIND_DATA:
+        if is_encrypted(img):
+            return read_encrypted(img, Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off,
+                                  ext.guest_off)
         return img.data.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
     if ext.kind == Q2_KIND_COMPRESSED:
         return read_compressed(img, ext, buf)

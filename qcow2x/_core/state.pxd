@@ -6,10 +6,12 @@
 #   meta      reader-writer; held to plan, never across data I/O. Shared: look at L1, caches,
 #             refcount table. Exclusive: change any of them, the lists, the size
 #   room      the waiting room's mutex; leaf, nothing is taken under it
+# The lock of `cipher` is taken around data I/O, when no other is held (sectors.pyx).
 # Atomic fields may be read without a lock. Nothing here takes the GIL.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.cache cimport q2_cache
+from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.status cimport q2_status
@@ -55,6 +57,7 @@ cdef class ImageState(Storage):
     cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size
+    cdef SectorCipher cipher        # None unless the data clusters are encrypted
     cdef bint durable               # writethrough, directsync: a write returns when it is durable
     cdef bint discard_to_host       # freed clusters are punched out of the file
 
@@ -113,6 +116,9 @@ cdef class ImageState(Storage):
 
 cdef inline bint has_backing(ImageState img) noexcept nogil:
     return img.backing is not None
+
+cdef inline bint is_encrypted(ImageState img) noexcept nogil:
+    return img.cipher is not None
 
 # meta, any side. Enters a request: what it plans stays readable until leave_request. Q2_E_CLOSED.
 cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil

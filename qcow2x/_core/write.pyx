@@ -7,6 +7,7 @@ it is linked into the L2 table after its data was written, or aborted and its cl
 Between plan and end it owns its guest clusters; who would change their mapping waits.
 """
 from libc.stdint cimport int32_t
+from posix.uio cimport iovec
 
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
@@ -21,11 +22,12 @@ from qcow2x._core.metadata cimport MISSING_REFTABLE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, q2_plan
 from qcow2x._core.scratch cimport zeros
+from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, q2_extent
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED
+from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
 
 cdef enum:
     IN_PLACE = 0    # nothing to allocate: the caller goes the short way
@@ -37,6 +39,7 @@ cdef struct q2_write:
     q2_inflight owned
     uint8_t what            # IN_PLACE, KEEP or RENEW
     bint fresh              # the host clusters read as zeros until written
+    bint flag_zeros         # what is mapped reads as zeros by its entry, whatever the host holds
     uint64_t host_off       # of the first owned cluster
     uint64_t data_off       # guest
     uint64_t data_bytes
@@ -143,6 +146,7 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
             break
         n += 1
     w.fresh = False
+    w.flag_zeros = False
     if w.what == RENEW and img.geo.external_data:
         w.host_off = first_cl << cbits
     elif w.what == RENEW:
@@ -178,7 +182,13 @@ cdef inline q2_l2e linked_entry(const q2_geometry *g, const q2_write *w, q2_l2e 
     e.entry = (w.host_off + ((guest_cl - w.owned.first_cl) << g.cluster_bits)) | Q2_OFLAG_COPIED
     e.bitmap = 0
     if g.subclusters == 1:
+        if w.flag_zeros:
+            e.entry |= Q2_OFLAG_ZERO
         return e
+    if w.flag_zeros:
+        e.bitmap = Q2_BITMAP_ALL_ZERO
+        # A cluster that is kept has its host cluster already, and reads as it should.
+        return old if w.what == KEEP else e
     if low < start:
         low = start
     if high > start + g.cluster_size:
@@ -304,6 +314,7 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
                               uint32_t *parity, uint64_t *done) noexcept nogil:
     """Writes the part of the request that leads it and needs no metadata; *done may be 0."""
     cdef q2_plan plan
+    cdef iovec part
     cdef uint64_t miss = 0, turn = 0
     cdef int32_t i
     cdef q2_status st
@@ -334,8 +345,14 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
     for i in range(plan.n):
         if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place:
             break
-        st = img.data.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
-                               plan.extent[i].host_off, flags)
+        if is_encrypted(img):
+            part.iov_base = <void *>(data + done[0])
+            part.iov_len = plan.extent[i].nbytes
+            st = write_encrypted(img, Q2_SITE_DATA_WRITE, &part, 1, plan.extent[i].host_off,
+                                 plan.extent[i].guest_off, flags)
+        else:
+            st = img.data.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
+                                   plan.extent[i].host_off, flags)
         if st != Q2_OK:
             return st
         done[0] += plan.extent[i].nbytes
@@ -371,6 +388,10 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
     cdef uint64_t run
     cdef uint32_t parity = 0
     cdef q2_status st = may_write(img)
+    if st == Q2_OK and is_encrypted(img) and img.geo.version < 3:
+        return fail(Q2_E_UNSUPPORTED, Q2_SITE_PREALLOCATE, guest_off,
+                    b"a version 2 image has no mark for zeros, so that an encrypted one cannot be"
+                    b" preallocated")
     if st == Q2_OK:
         st = begin_write_request(img, &parity)
     if st != Q2_OK:
@@ -383,18 +404,20 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
             guest_off += img.geo.cluster_size
             continue
         run = w.owned.n_clusters << img.geo.cluster_bits
+        # Zeros on the host would decrypt to anything but zeros.
+        w.flag_zeros = is_encrypted(img)
         if img.geo.external_data:
             # A new data file, or what discards left there: zeros, holes where the host can.
             st = img.data.zero_range(Q2_SITE_PREALLOCATE, w.host_off,
                                      run if w.host_off + run <= img.disk_size
                                      else img.disk_size - w.host_off, ZERO_MAY_UNMAP)
-        elif not w.fresh:
-            st = img.file.zero_range(Q2_SITE_PREALLOCATE, w.host_off, run, 0)
-        else:
+        elif w.fresh:
             # The file must reach as far as its mappings say, or check calls them corrupt. A write
             # at the end cannot cut off what others append meanwhile, as a truncate could.
             st = img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), 512, w.host_off + run - 512,
                                    WRITE_DEFERRED)
+        elif w.what == RENEW or not w.flag_zeros:
+            st = img.file.zero_range(Q2_SITE_PREALLOCATE, w.host_off, run, 0)
         st = finish(img, &w, st)
         guest_off += run
     leave_write(img, parity)

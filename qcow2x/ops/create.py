@@ -17,10 +17,10 @@ from qcow2x._core.layout import (
     write_header,
 )
 from qcow2x._core.storage import FileStorage
-from qcow2x.errors import UnsupportedFeature
 from qcow2x.locking import lock_image
 
 if TYPE_CHECKING:
+    from qcow2x.encryption import Encryption, KeySource
     from qcow2x.storage import Source, Storage
 
 __all__ = ["create"]
@@ -54,7 +54,7 @@ def create(
     compression_type: str = "zlib",
     data_file: str | os.PathLike[str] | None = None,
     data_file_raw: bool = False,
-    encryption: str | None = None,
+    encryption: Encryption | None = None,
 ) -> None:
     """Makes a new, empty qcow2 image, durable when the call returns.
 
@@ -77,13 +77,13 @@ def create(
                         together with ``extended_l2``
     extended_l2         clusters of at least 16 KiB
     compression_type    ``zlib`` or ``zstd``
+    encryption          an :class:`qcow2x.Encryption`; takes its ``iter_time_ms`` at least
     ==================  =====================================================================
 
     Raises ValueError for an argument out of its range, UnsupportedFeature for what cannot be
     created here, ImageLocked if another program has the existing image open, FormatError if the backing file is not what ``backing_format`` says, and
     OSError (NoSpace, StorageError) from the file.
     """
-    _refuse_unsupported(encryption)
     data_name = _data_name(data_file, data_file_raw, backing_file, compat)
     version = _one_of("compat", compat, COMPAT_VERSIONS)
     compression = _one_of("compression_type", compression_type, COMPRESSION_TYPES)
@@ -110,6 +110,9 @@ def create(
         backing_file=backing_name,
         backing_format=backing_format,
     )
+    luks_area = b""
+    if encryption is not None:
+        luks_area = _encrypt(header, encryption, path, preallocation, data_file_raw)
     if data_name is not None:
         header.use_data_file(data_name, data_file_raw)
         if data_file_raw and preallocation == "off":
@@ -119,21 +122,24 @@ def create(
     _refuse_own_backing(path, backing_name)
     with _target(path) as storage, _data_target(path, data_name, header.size):
         if preallocation == "off":
-            write_empty_image(storage, header)
+            write_empty_image(storage, header, luks_area)
         else:
-            _write_preallocated(storage, header, preallocation)
+            key = None if encryption is None else encryption.key
+            _write_preallocated(storage, header, preallocation, luks_area, key)
 
 
-def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
+def _write_preallocated(
+    storage: Storage, header: Header, mode: str, luks_area: bytes, key: KeySource | None
+) -> None:
     from qcow2x.image import open as open_image
 
     # The backing file's name goes in last: nothing of it is needed, so nothing of it is opened.
     backing_file, backing_format = header.backing_file, header.backing_format
     header.backing_file = header.backing_format = None
-    write_empty_image(storage, header)
+    write_empty_image(storage, header, luks_area)
     with (
         _unsynced(storage) as target,
-        open_image(target, "r+", lock=False, references="follow") as image,
+        open_image(target, "r+", lock=False, references="follow", key=key) as image,
     ):
         image._preallocate(mode)
     if backing_file is not None:
@@ -147,14 +153,22 @@ def _write_preallocated(storage: Storage, header: Header, mode: str) -> None:
 # --- arguments -----------------------------------------------------------------------------
 
 
-def _refuse_unsupported(encryption: str | None) -> None:
-    wanted = []
-    if encryption is not None:
-        wanted.append(f"{encryption} encryption")
-    if wanted:
-        raise UnsupportedFeature(
-            f"cannot create an image with {' and '.join(wanted)}", features=tuple(wanted)
-        )
+def _encrypt(
+    header: Header, encryption: Encryption, path: Source, preallocation: str, data_file_raw: bool
+) -> bytes:
+    """Says in the header how it is encrypted; the LUKS header and key slots, if there are any."""
+    from qcow2x.encryption import Encryption
+
+    if not isinstance(encryption, Encryption):
+        raise TypeError(f"encryption must be a qcow2x.Encryption, not {type(encryption).__name__}")
+    if data_file_raw:
+        raise ValueError("a raw data file reads as the disk by itself: it cannot be encrypted")
+    if preallocation != "off":
+        encryption.refuse_preallocation(header.version)
+    luks_area = encryption.new_area(_name_of(path))
+    # Where that will lie is known when the tables are laid out.
+    header.set_encryption(encryption.format, header.cluster_size, len(luks_area))
+    return luks_area
 
 
 def _data_name(
@@ -283,6 +297,11 @@ def _disk_size(
 
 
 # --- the backing file ----------------------------------------------------------------------
+
+
+def _name_of(path: Source) -> str:
+    """What a callable or a mapping of keys is asked with: the name that open() will give it."""
+    return os.fsdecode(path) if _is_path(path) else str(getattr(path, "name", path))
 
 
 def _is_path(path: Source) -> TypeGuard[StrOrBytesPath]:

@@ -184,8 +184,11 @@ def extents_of(disk: Any, offset: int = 0, length: int | None = None) -> Iterato
 def _is_laid_out_ahead(image: Any) -> bool:
     """Whether the file has fewer blocks than clusters by more than chance: by a tenth, as in QEMU.
 
-    Asking the file system about every run of any other image would cost more than it saves.
+    Asking the file system about every run of any other image would cost more than it saves. A hole
+    under an encrypted cluster is no zeros to the guest.
     """
+    if image._header.encryption is not None:
+        return False
     try:
         status = os.fstat(image._file.fileno())
     except (AttributeError, OSError):
