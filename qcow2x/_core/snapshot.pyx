@@ -217,6 +217,25 @@ cdef q2_status clusters_of(ImageState img, uint64_t host_off, uint64_t nbytes,
     return runs_add(out, first, end - first) if nbytes else Q2_OK
 
 
+cdef q2_status settle_counts(ImageState img, const q2_runs *tables, q2_runs *freed) noexcept nogil:
+    """The end of giving back: the tables' own clusters, COPIED where one reference is left, the dirty
+    bit taken off, and only then holes for what became free."""
+    cdef q2_status st = shift_runs(img, tables, -1, freed)
+    if st == Q2_OK:
+        st = barrier(img)
+    if st == Q2_OK:
+        st = refresh_active_l1(img)
+    if st == Q2_OK:
+        st = barrier(img)
+    if st == Q2_OK:
+        st = write_dirty(img, False)
+    if st == Q2_OK:
+        st = punch_freed(img, freed)
+    if st == Q2_OK:
+        forget_caches(img)
+    return st
+
+
 cdef q2_status begin(ImageState img) noexcept nogil:
     cdef q2_status st = freeze(img)
     if st != Q2_OK:
@@ -325,22 +344,10 @@ cdef q2_status delete_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size
         st = clusters_of(img, l1_off, <uint64_t>l1_size * 8, &tables)
     if st == Q2_OK:
         st = clusters_of(img, old.host_off, old.nbytes, &tables)
-    if st == Q2_OK:
-        st = shift_runs(img, &tables, -1, &freed)
-    if st == Q2_OK:
-        st = barrier(img)
     # 3. What is left with one reference is ours alone again.
     if st == Q2_OK:
-        st = refresh_active_l1(img)
-    if st == Q2_OK:
-        st = barrier(img)
-    if st == Q2_OK:
-        st = write_dirty(img, False)
-    if st == Q2_OK:
-        st = punch_freed(img, &freed)
-    if st == Q2_OK:
-        forget_caches(img)
-    else:
+        st = settle_counts(img, &tables, &freed)
+    if st != Q2_OK:
         give_up(img, changed, st)
     free(l1)
     free(freed.run)
@@ -423,22 +430,10 @@ cdef q2_status apply_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size,
         st = shift_refcounts(img, old_l1, old_n, -1, &freed)
     if st == Q2_OK:
         st = clusters_of(img, old_l1_off, old_n * 8, &tables)
-    if st == Q2_OK:
-        st = shift_runs(img, &tables, -1, &freed)
-    if st == Q2_OK:
-        st = barrier(img)
     # 4. What is left with one reference is ours alone.
     if st == Q2_OK:
-        st = refresh_active_l1(img)
-    if st == Q2_OK:
-        st = barrier(img)
-    if st == Q2_OK:
-        st = write_dirty(img, False)
-    if st == Q2_OK:
-        st = punch_freed(img, &freed)
-    if st == Q2_OK:
-        forget_caches(img)
-    else:
+        st = settle_counts(img, &tables, &freed)
+    if st != Q2_OK:
         give_up(img, changed, st)
     free(new_l1)
     free(old_l1)
