@@ -130,3 +130,30 @@ def test_bad_arguments(tmp_path: Path) -> None:
             qcow2x.amend(path, **wrong)  # type: ignore[arg-type]
     with qcow2x.open(path) as image, pytest.raises(PermissionError):
         qcow2x.amend(image, lazy_refcounts=True)
+
+
+def test_key_slots_come_and_go(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    made = qcow2x.Encryption(key="first", iter_time_ms=10)
+    qcow2x.create(path, SIZE, encryption=made)
+    with qcow2x.open(path, "r+", key="first") as image:
+        image.pwrite(b"secret", 0)
+    qcow2x.amend(path, key="first", new_key="second", iter_time_ms=10)
+    qcow2x.amend(path, key="second", erase_key="first")
+    with pytest.raises(qcow2x.KeyRequired):
+        qcow2x.open(path, key="first")
+    with pytest.raises(ValueError, match="force"):
+        qcow2x.amend(path, key="second", erase_slot=1)
+    with qcow2x.open(path, "r+", key="second") as image:
+        assert image.pread(6, 0) == b"secret"
+        qcow2x.amend(image, key="second", new_key=b"third", key_slot=5, iter_time_ms=10)
+    secret = ["--object", "secret,id=s,data=third", "--image-opts"]
+    opts = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename={path}"
+    qemu_img("check", *secret, opts)
+    assert '"active": true' in qemu_img("info", "--output=json", *secret, opts)
+    qemu_img("convert", *secret, opts, "-O", "raw", tmp_path / "out.raw")
+    assert (tmp_path / "out.raw").read_bytes()[:6] == b"secret"
+    plain = tmp_path / "plain.qcow2"
+    qcow2x.create(plain, SIZE)
+    with pytest.raises(ValueError, match="LUKS"):
+        qcow2x.amend(plain, new_key="x")

@@ -23,6 +23,13 @@ def amend(
     refcount_bits: int | None = None,
     lazy_refcounts: bool | None = None,
     data_file: str | os.PathLike[str] | None = None,
+    key: Any = None,
+    new_key: Any = None,
+    key_slot: int | None = None,
+    iter_time_ms: int = 2000,
+    erase_key: Any = None,
+    erase_slot: int | None = None,
+    force: bool = False,
     references: Any = "deny",
 ) -> None:
     """Changes an image in place; what is None stays.
@@ -38,7 +45,12 @@ def amend(
     ``lazy_refcounts`` sets or clears the feature bit (refcounts are kept exact in any case).
     ``data_file`` is a new name for the external data file, which itself is not touched.
 
-    Durable at return. Raises ValueError for arguments out of range, and what opening and writing
+    Of a LUKS image: ``new_key`` opens it as well from now on (in ``key_slot``, 0 to 7, or the first that
+    is free; ``key`` is one that opens it now; ``iter_time_ms`` is what guessing the new one costs each
+    time). ``erase_key`` or ``erase_slot`` makes a key useless for good; the last one only with
+    ``force``. A key is bytes, str, or a callable that returns one.
+
+    Durable at return. Raises KeyRequired for a key that opens nothing, ValueError for arguments out of range, and what opening and writing
     raise.
     """
     from qcow2x.image import Image
@@ -51,11 +63,34 @@ def amend(
     name = None if data_file is None else os.fsdecode(data_file)
     if name is not None and (not name or "\0" in name):
         raise ValueError("data_file must be a name without NUL characters")
-    if isinstance(image, Image):
-        _amend(image, version, order, lazy_refcounts, name)
-        return
-    with open_image(image, "r+", references=references) as opened:
+    if erase_key is not None and erase_slot is not None:
+        raise ValueError("give erase_key or erase_slot, not both")
+
+    def change(opened: Image) -> None:
         _amend(opened, version, order, lazy_refcounts, name)
+        if new_key is not None:
+            _slots(opened).add_key(
+                opened._file, opened._header, key, new_key, slot=key_slot, iter_time_ms=iter_time_ms
+            )
+        if erase_key is not None or erase_slot is not None:
+            _slots(opened).erase_key(
+                opened._file, opened._header, key=erase_key, slot=erase_slot, force=force
+            )
+
+    if isinstance(image, Image):
+        with image._exclusive:
+            change(image)
+        return
+    with open_image(image, "r+", references=references, key=key) as opened:
+        change(opened)
+
+
+def _slots(image: Image) -> Any:
+    from qcow2x import encryption
+
+    if image._header.encryption != "luks":
+        raise ValueError(f"{image.name}: has no key slots: it is not encrypted with LUKS")
+    return encryption
 
 
 def _order(bits: int) -> int:
