@@ -412,10 +412,11 @@ class Image(CoreImage):
                 )
             if preallocation != "off":
                 raise ValueError("preallocation makes no sense when shrinking")
-        if self._header.nb_snapshots and (size < old or self._header.version < 3):
+        if self._header.nb_snapshots and self._header.version < 3:
+            # Its snapshot table has no field for the size that the disk had.
             raise UnsupportedFeature(
-                f"{self.name}: cannot shrink, or resize a version 2 image, with internal snapshots",
-                features=("resize with snapshots",),
+                f"{self.name}: a version 2 image with internal snapshots cannot be resized",
+                features=("resize of version 2 with snapshots",),
             )
         if self._header.data_file_raw and size > old:
             self._data.truncate(size)
