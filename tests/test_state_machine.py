@@ -1,9 +1,10 @@
-"""Anything a guest can do, in any order, on every shape of image, against a plain bytearray.
+"""Anything a guest or its manager can do, in any order, on every shape of image, against a plain bytearray.
 
 After every run the whole chain is clean for ``qemu-img check``, QEMU reads the model's bytes from it,
 and backing files hold what they held. ``--hypothesis-profile=long`` searches on.
 """
 
+import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -99,6 +100,8 @@ class Disk(RuleBasedStateMachine):
         self.sequence = 0
         self.layers: list[tuple[Path, str, bytes]] = []
         self.patterns: list[tuple[int, int, int]] = []
+        self.held: dict[str, bytes] = {}
+        self.external = False
 
     # ---- The image and what lies under it ----
 
@@ -109,15 +112,23 @@ class Disk(RuleBasedStateMachine):
         base_size=st.sampled_from(["same", "shorter", "longer"]),
         base_shape=shapes(),
         cache=st.sampled_from(CACHES),
+        data_file=st.sampled_from([None] * 5 + ["cooked", "raw"]),
     )
     def begin(
-        self, shape: Shape, base: str, size: int, base_size: str, base_shape: Shape, cache: str
+        self,
+        shape: Shape,
+        base: str,
+        size: int,
+        base_size: str,
+        base_shape: Shape,
+        cache: str,
+        data_file: str | None,
     ) -> None:
         self.shape = shape
         nbytes = max(512, span(shape.cluster_size) * size >> 20 & ~511)
         if base != "none":
             self._make_base(base, base_shape, self._other_size(nbytes, base_size))
-        self._make_top(shape, nbytes, cache)
+        self._make_top(shape, nbytes, cache, data_file)
 
     def _other_size(self, nbytes: int, relation: str) -> int:
         if relation == "shorter":
@@ -154,8 +165,13 @@ class Disk(RuleBasedStateMachine):
     def _push(self, path: Path, fmt: str) -> None:
         self.layers.append((path, fmt, hashlib.sha256(path.read_bytes()).digest()))
 
-    def _make_top(self, shape: Shape, nbytes: int, cache: str) -> None:
+    def _make_top(
+        self, shape: Shape, nbytes: int, cache: str, data_file: str | None = None
+    ) -> None:
         self.shape = shape
+        self.held = {}
+        raw = data_file == "raw" and not self.layers
+        self.external = data_file is not None and shape.compat != "0.10"
         self.path = self.folder / f"layer{len(self.layers)}.qcow2"
         options = dict(shape.options)
         if self.layers:
@@ -163,6 +179,8 @@ class Disk(RuleBasedStateMachine):
                 "backing_file": self.layers[-1][0].name,
                 "backing_format": self.layers[-1][1],
             }
+        if self.external:
+            options |= {"data_file": self.path.with_suffix(".data"), "data_file_raw": raw}
         qcow2x.create(self.path, nbytes, **options)  # type: ignore[arg-type]
         self._set_length(nbytes)
         self._open(cache)
@@ -227,6 +245,7 @@ class Disk(RuleBasedStateMachine):
         self._changed(offset, length)
         self.patterns.append((offset, length, byte))
 
+    @precondition(lambda self: not self.external)
     @rule(place=PLACES, random=st.sampled_from([False, False, True]))
     def write_compressed(self, place: tuple[int, str, int, str], random: bool) -> None:
         size = self.shape.cluster_size
@@ -272,6 +291,11 @@ class Disk(RuleBasedStateMachine):
             nbytes = max(512, len(self.model) + near)
         else:
             nbytes = max(512, 2 * span(self.shape.cluster_size) * size >> 20 & ~511)
+        if self.held and self.shape.compat == "0.10":
+            with contextlib.suppress(qcow2x.UnsupportedFeature):
+                self.image.resize(nbytes, shrink=True)
+                raise AssertionError("version 2 has no place for the size that a snapshot had")
+            return
         self.image.resize(nbytes, shrink=True)
         self._set_length(nbytes)
         assert self.image.size == nbytes
@@ -288,6 +312,39 @@ class Disk(RuleBasedStateMachine):
         self._push(self.path, "qcow2")
         nbytes = self._other_size(len(self.model), size)
         self._make_top(self.shape if same_shape else shape, nbytes, cache)
+
+    # ---- Snapshots ----
+
+    @precondition(lambda self: not self.external and len(self.held) < 3)
+    @rule()
+    def snapshot(self) -> None:
+        # Narrow refcounts run out of references; then nothing has changed.
+        with contextlib.suppress(qcow2x.UnsupportedFeature):
+            made = self.image.snapshots.create(f"at {self.sequence}")
+            self.held[made.id] = bytes(self.model)
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 2))
+    def apply_snapshot(self, which: int) -> None:
+        key = sorted(self.held)[which % len(self.held)]
+        with contextlib.suppress(qcow2x.UnsupportedFeature):
+            self.image.snapshots.apply(key)
+            self.model[:] = self.held[key]
+            self.patterns = []
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 2))
+    def delete_snapshot(self, which: int) -> None:
+        key = sorted(self.held)[which % len(self.held)]
+        self.image.snapshots.delete(key)
+        del self.held[key]
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 2))
+    def read_snapshot(self, which: int) -> None:
+        key = sorted(self.held)[which % len(self.held)]
+        with self.image.snapshots.open(key) as then:
+            self._same(0, then.pread(len(self.held[key]) + 1, 0), self.held[key])
 
     # ---- What it sees ----
 
@@ -353,6 +410,9 @@ class Disk(RuleBasedStateMachine):
     def _judge(self) -> None:
         check_clean(self.path)
         compare_bytes(self.path, self.model)
+        for key, content in self.held.items():
+            with qcow2x.open(self.path, references="follow", snapshot=key) as then:
+                self._same(0, then.pread(len(content) + 1, 0), content)
         if self.patterns and self.sequence % 4 == 0:
             reads = [f"read -P {byte} {offset} {n}" for offset, n, byte in self.patterns[-3:]]
             qemu_io(self.path, *reads)
