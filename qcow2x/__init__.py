@@ -65,9 +65,11 @@ if TYPE_CHECKING:
         inspect as inspect,
     )
     from qcow2x.ops.amend import amend as amend
+    from qcow2x.ops.check import check as check
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
+    from qcow2x.ops.undo import undo_repair as undo_repair
     from qcow2x.storage import FileStorage as FileStorage
     from qcow2x.storage import Storage as Storage
     from qcow2x.types import (
@@ -108,9 +110,11 @@ _HOME = {
     "qcow2x.image": ("Image", "open"),
     "qcow2x.inspection": ("Inspection", "Inspector", "inspect"),
     "qcow2x.ops.amend": ("amend",),
+    "qcow2x.ops.check": ("check",),
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),
+    "qcow2x.ops.undo": ("undo_repair",),
     "qcow2x.storage": ("FileStorage", "Storage"),
     "qcow2x.types": ("CheckResult", "Extent", "Finding", "ImageInfo", "Reference", "Stats"),
 }

@@ -82,6 +82,9 @@ def open(
     ``lock`` takes part in QEMU's image locking (see :mod:`qcow2x.locking`): ImageLocked if another
     program has the image open in a way that excludes this one.
 
+    An image whose dirty bit is set, as its last writer did not get to close it, has its refcounts
+    rebuilt when it is opened with mode ``"r+"``; mode ``"r"`` leaves it as it is.
+
     Raises FormatError for what is not a valid image, UnsupportedFeature for what it needs and is
     not supported, CorruptImage, ReferenceDenied,
     KeyRequired for an encrypted image without its key, OSError. Nothing stays open after a failure.
@@ -136,6 +139,12 @@ class _Opener:
                 self.chain.enter(storage)
                 header = _load_header(storage)
                 _refuse_unsupported(header, storage.name, writable and top)
+                if writable and top and header.dirty:
+                    from qcow2x.ops.check import rebuild_refcounts
+
+                    # Whoever wrote last did not get to its end.
+                    rebuild_refcounts(storage, header)
+                    header = _load_header(storage)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
                         _snapshot.read_table(storage, header), self.snapshot, storage.name
@@ -254,10 +263,9 @@ def _load_header(storage: Storage) -> Header:
 def _refuse_unsupported(header: Header, name: str, writable: bool) -> None:
     header.require_supported(name)
     if writable and header.corrupt:
-        raise _corrupt(name, "is marked corrupt and can only be read; repair it first")
-    if writable and header.dirty:
         raise _corrupt(
-            name, "was not closed and its refcounts may be stale; repair it before writing"
+            name,
+            "is marked corrupt and can only be read; repair it first, with qcow2x check -r all",
         )
 
 
@@ -277,6 +285,7 @@ class Image(CoreImage):
 
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
+    _guard_all = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -289,6 +298,7 @@ class Image(CoreImage):
     ) -> None:
         """What close() has to close and to release."""
         if self.writable:
+            self._guard_all = guard_all
             _snapshot.guard_tables(self, guard_all)
             self._clear_autoclear()
         self._owned, self._locks = tuple(storages), tuple(locks)
@@ -358,30 +368,42 @@ class Image(CoreImage):
         """Counters since the image was opened, and what its caches hold now. Takes no lock."""
         return Stats(*self._counters())
 
-    def check(self, *, repair: str | None = None, progress: Progress | None = None) -> CheckResult:
-        """Checks every table of the image against every other; ``repair="leaks"`` lowers the
-        refcounts of clusters that nothing uses.
+    def check(
+        self,
+        *,
+        repair: str | None = None,
+        dry_run: bool = False,
+        journal: str | os.PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> CheckResult:
+        """Checks every table of the image against every other, and repairs it: see
+        :func:`qcow2x.check`, which also repairs what cannot be opened for writing.
 
-        Flushes first. Nothing else should write meanwhile; a repair needs mode ``"r+"`` and the
-        image to itself. Findings come back, they do not raise. Raises Cancelled if ``progress``
-        returned False, StorageError where the file cannot be read.
+        Flushes first. Nothing else should use the image meanwhile; a repair needs mode ``"r+"``.
+        Findings come back, they do not raise. Raises Cancelled if ``progress`` returned False,
+        StorageError where the file cannot be read.
         """
-        from qcow2x._core.check import check_storage
+        from qcow2x.ops.check import check_storage
 
-        if repair not in (None, "leaks"):
-            raise ValueError(f'repair must be None or "leaks", not {repair!r}')
-        if repair is not None and not self.writable:
+        if repair is not None and not dry_run and not self.writable:
             raise PermissionError(f"{self.name}: repair needs an image opened with mode 'r+'")
         with self._exclusive:
             self.flush()
             # What the last flush set free lowers refcounts in memory; a second one writes them.
             self.flush()
-            result: CheckResult = check_storage(
-                self._file, self._reread_header(), repair=repair, progress=progress
-            )
-            if repair is not None:
-                self._forget_refcounts()
-            return result
+            try:
+                return check_storage(
+                    self._file,
+                    self._reread_header(),
+                    repair=repair,
+                    dry_run=dry_run,
+                    journal=journal,
+                    progress=progress,
+                )
+            finally:
+                if repair is not None and not dry_run:
+                    self._reload(self._reread_header())
+                    _snapshot.guard_tables(self, self._guard_all)
 
     def _reread_header(self) -> Header:
         return _load_header(self._file)

@@ -93,6 +93,9 @@ class Finding:
     found: int | None = None
     #: Whether this run repaired it.
     fixed: bool = False
+    #: What ``repair="all"`` does about it. In the result of a repair or of a dry run: what was or
+    #: would be done, and None where it stays as it is.
+    action: str | None = None
 
 
 @dataclass(slots=True)

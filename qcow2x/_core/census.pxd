@@ -38,11 +38,11 @@ cdef enum q2_finding_code:
     FOUND_DIRTY_BITMAP_DIRECTORY
     FOUND_DIRTY_BITMAP_ENTRY
     FOUND_READ_ERROR
+    FOUND_SNAPSHOT_EXTRA
     FOUND_CODES
 
 cdef struct q2_finding:
     int32_t code
-    bint fixed
     uint64_t host_off
     uint64_t guest_off       # NO_GUEST_OFF where there is none
     uint64_t expected
@@ -60,20 +60,29 @@ cdef struct q2_census:
     uint64_t file_size
     bint has_data_file
 
-    # References counted: one counter per cluster of the file and two more (an unaligned reference
-    # may reach past the last one). Wide enough for max_count, which is the most that a refcount
-    # of this image can say.
+    # The window: host clusters [win_first, win_first + win_n), whose references are counted in this
+    # pass over the tables. A window that holds the whole file is the only one.
+    uint64_t win_first
+    uint64_t win_n
+    uint64_t next_used       # lowest cluster behind the window that something refers to
+    bint first_pass          # what is wrong with an entry by itself is noted in the first pass
+
+    # References counted: one counter per cluster of the window. Wide enough for max_count, which
+    # is the most that a refcount of this image can say.
     uint8_t *counters
     uint32_t counter_bits    # log2 of a counter's bytes: 0, 1 or 2
-    uint64_t n_counters
+    uint64_t n_clusters      # of the file, and two more: an unaligned reference may reach past it
     uint64_t n_seen          # clusters to compare: those of the file and those referred to
     uint64_t max_count
 
-    # Refcounts stored: the table in host byte order, and per cluster whether its refcount is 1.
+    # Refcounts stored: the table in host byte order, and per cluster whether its refcount is 1:
+    # of the window, and of what lies behind the end of a file that was cut short.
     uint64_t *rt
     uint64_t n_rt
-    uint64_t n_stored
+    uint8_t *rb_bad          # a byte per entry of rt: its block is no place to keep refcounts
     uint8_t *stored_one
+    uint64_t n_past
+    uint8_t *past_one
 
     q2_l2_ref *l2_refs
     uint64_t n_l2_refs
@@ -86,19 +95,30 @@ cdef struct q2_census:
     uint64_t corruptions
     uint64_t leaks
     uint64_t check_errors
-    uint64_t leaks_fixed
     # Something was found that may hide references, so a refcount that looks too high may not be.
+    bint refs_hidden
+    # That, or refcounts that cannot be trusted themselves.
     bint refs_uncertain
     uint64_t allocated
     uint64_t fragmented
     uint64_t compressed
     uint64_t highest_cluster
 
-# Allocates the arrays; c must be zeroed but for g, file_size, has_data_file. Q2_E_NOMEM.
-cdef q2_status census_begin(q2_census *c, uint64_t n_rt, uint64_t max_findings) noexcept nogil
+# Allocates the arrays, of a window that takes at most max_bytes; c must be zeroed but for g,
+# file_size, has_data_file. Q2_E_NOMEM.
+cdef q2_status census_begin(q2_census *c, uint64_t n_rt, uint64_t max_findings,
+                            uint64_t max_bytes) noexcept nogil
 cdef void census_end(q2_census *c) noexcept nogil
-# Bytes of counters that census_begin will ask for.
-cdef uint64_t counter_bytes(const q2_geometry *g, uint64_t file_size) noexcept nogil
+# Forgets the counts and moves the window on to where something may be referred to or have a
+# refcount. False behind the last.
+cdef bint next_window(q2_census *c) noexcept nogil
+cdef bint in_window(const q2_census *c, uint64_t host_cl) noexcept nogil
+# References to a cluster of the window.
+cdef uint64_t get_count(const q2_census *c, uint64_t host_cl) noexcept nogil
+# Whether the stored refcount is 1; -1 where this pass cannot tell.
+cdef int32_t is_stored_one(const q2_census *c, uint64_t host_cl) noexcept nogil
+# Whether the range ends a cluster or more behind the file.
+cdef bint reaches_past_end(const q2_census *c, uint64_t host_off, uint64_t nbytes) noexcept nogil
 
 cdef void note(q2_census *c, int32_t code, uint64_t host_off, uint64_t guest_off,
                uint64_t expected, uint64_t found, uint64_t times) noexcept nogil
@@ -122,8 +142,15 @@ cdef void count_refblocks(q2_census *c) noexcept nogil
 cdef bint has_refblock_nowhere(const q2_census *c, uint64_t rb_idx) noexcept nogil
 # Fills stored_one from the refcount block (NULL: all zeros) of index rb_idx.
 cdef void learn_refblock(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil
-# Compares the refcounts of a block (NULL: all zeros) with what was counted. With `fix` lowers
-# those that are too high in place and answers whether it changed any.
-cdef bint compare_refblock(q2_census *c, uint64_t rb_idx, uint8_t *block, bint fix) noexcept nogil
+# Compares the refcounts of a block (NULL: all zeros) with what was counted.
+cdef void compare_refblock(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil
+# Makes the refcounts of a block what was counted: only those that are too low, or those too high.
+# Answers whether it changed any.
+cdef bint raise_refcounts(const q2_census *c, uint64_t rb_idx, uint8_t *block) noexcept nogil
+cdef bint lower_refcounts(const q2_census *c, uint64_t rb_idx, uint8_t *block) noexcept nogil
+# Counts what leaks as used: for a repair that leaves leaks alone. After raise_refcounts.
+cdef void adopt_refcounts(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil
+# Whether anything of block rb_idx was counted.
+cdef bint is_block_used(const q2_census *c, uint64_t rb_idx) noexcept nogil
 # The refcounts of a block that cannot be read: each is a check error.
 cdef void miss_refblock(q2_census *c, uint64_t rb_idx) noexcept nogil

@@ -2,6 +2,7 @@
 """Counting references: sections "Cluster mapping" and "Refcounts" of the specification."""
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, qsort, realloc
+from libc.string cimport memset
 
 from qcow2x._core.errors cimport fail
 from qcow2x._core.geometry cimport q2_geometry
@@ -19,36 +20,43 @@ cdef uint64_t MAX_STORED_PAST_END = <uint64_t>1 << 27     # clusters: 16 MiB of 
 cdef uint64_t NO_GUEST = <uint64_t>NO_GUEST_OFF
 
 
-# ---- memory -------------------------------------------------------------------------------------
+# ---- memory and windows -------------------------------------------------------------------------
 
-cdef uint64_t n_counters_for(const q2_geometry *g, uint64_t file_size) noexcept nogil:
-    return (file_size >> g.cluster_bits) + 3
-
-
-cdef uint32_t counter_bits_for(const q2_geometry *g) noexcept nogil:
-    return 0 if g.refcount_order <= 3 else 1 if g.refcount_order == 4 else 2
-
-
-cdef uint64_t counter_bytes(const q2_geometry *g, uint64_t file_size) noexcept nogil:
-    return n_counters_for(g, file_size) << counter_bits_for(g)
+# Clusters of a window: whole refcount blocks of them, or the whole file.
+cdef uint64_t window_for(const q2_census *c, uint64_t max_bytes) noexcept nogil:
+    cdef uint64_t n = max_bytes * 8 // ((<uint64_t>8 << c.counter_bits) + 1)
+    cdef uint64_t per_block = <uint64_t>1 << c.g.refblock_bits
+    if n >= c.n_clusters:
+        return c.n_clusters
+    return max(n & ~(per_block - 1), per_block)
 
 
-cdef q2_status census_begin(q2_census *c, uint64_t n_rt, uint64_t max_findings) noexcept nogil:
-    c.n_counters = n_counters_for(&c.g, c.file_size)
-    c.counter_bits = counter_bits_for(&c.g)
+cdef q2_status census_begin(q2_census *c, uint64_t n_rt, uint64_t max_findings,
+                            uint64_t max_bytes) noexcept nogil:
+    cdef uint64_t n_stored
+    c.counter_bits = 0 if c.g.refcount_order <= 3 else 1 if c.g.refcount_order == 4 else 2
+    c.n_clusters = (c.file_size >> c.g.cluster_bits) + 3
     c.n_seen = (c.file_size + c.g.cluster_size - 1) >> c.g.cluster_bits
     c.max_count = min(c.g.refcount_max, <uint64_t>0xffffffff)
     c.n_rt = n_rt
+    c.win_first = 0
+    c.win_n = window_for(c, max_bytes)
+    c.next_used = ~<uint64_t>0
+    c.first_pass = True
     # A file that was cut short still has refcounts for what lay behind its end.
-    c.n_stored = max(c.n_counters, min(n_rt << c.g.refblock_bits, MAX_STORED_PAST_END))
+    n_stored = min(n_rt << c.g.refblock_bits, MAX_STORED_PAST_END)
+    c.n_past = n_stored - c.n_clusters if n_stored > c.n_clusters else 0
     c.max_findings = max_findings
     # calloc takes large arrays as untouched zero pages: a sparse file costs no memory for its
     # holes.
-    c.counters = <uint8_t *>calloc(c.n_counters, <size_t>1 << c.counter_bits)
-    c.stored_one = <uint8_t *>calloc((c.n_stored >> 3) + 1, 1)
-    c.rt = <uint64_t *>malloc(n_rt * 8)
+    c.counters = <uint8_t *>calloc(c.win_n, <size_t>1 << c.counter_bits)
+    c.stored_one = <uint8_t *>calloc((c.win_n >> 3) + 1, 1)
+    c.past_one = <uint8_t *>calloc((c.n_past >> 3) + 1, 1)
+    c.rt = <uint64_t *>malloc(n_rt * 8 + 1)
+    c.rb_bad = <uint8_t *>calloc(n_rt + 1, 1)
     c.findings = <q2_finding *>malloc(max_findings * sizeof(q2_finding))
-    if c.counters is NULL or c.stored_one is NULL or c.rt is NULL or c.findings is NULL:
+    if (c.counters is NULL or c.stored_one is NULL or c.past_one is NULL or c.rt is NULL
+            or c.rb_bad is NULL or c.findings is NULL):
         return fail(Q2_E_NOMEM, Q2_SITE_CHECK_READ, 0, b"no memory for the reference counters")
     return Q2_OK
 
@@ -56,13 +64,39 @@ cdef q2_status census_begin(q2_census *c, uint64_t n_rt, uint64_t max_findings) 
 cdef void census_end(q2_census *c) noexcept nogil:
     free(c.counters)
     free(c.stored_one)
+    free(c.past_one)
     free(c.rt)
+    free(c.rb_bad)
     free(c.l2_refs)
     free(c.findings)
-    c.counters = c.stored_one = NULL
+    c.counters = c.stored_one = c.past_one = c.rb_bad = NULL
     c.rt = NULL
     c.l2_refs = NULL
     c.findings = NULL
+
+
+cdef bint next_window(q2_census *c) noexcept nogil:
+    cdef uint64_t rb_idx, first = c.next_used
+    cdef uint64_t end = c.win_first + c.win_n
+    # A refcount that nothing refers to is a leak to be found as well.
+    for rb_idx in range(end >> c.g.refblock_bits, c.n_rt):
+        if c.rt[rb_idx] != 0:
+            first = min(first, rb_idx << c.g.refblock_bits)
+            break
+    first &= ~((<uint64_t>1 << c.g.refblock_bits) - 1)
+    if end >= c.n_seen or first >= c.n_seen:
+        return False
+    c.win_first = first
+    c.next_used = ~<uint64_t>0
+    c.first_pass = False
+    memset(c.counters, 0, c.win_n << c.counter_bits)
+    memset(c.stored_one, 0, (c.win_n >> 3) + 1)
+    return True
+
+
+cdef inline bint in_window(const q2_census *c, uint64_t host_cl) noexcept nogil:
+    # Below the window the difference wraps to a huge number.
+    return host_cl - c.win_first < c.win_n
 
 
 # ---- findings -----------------------------------------------------------------------------------
@@ -70,21 +104,33 @@ cdef void census_end(q2_census *c) noexcept nogil:
 cdef void note(q2_census *c, int32_t code, uint64_t host_off, uint64_t guest_off,
                uint64_t expected, uint64_t found, uint64_t times) noexcept nogil:
     cdef q2_finding *f
+    if not c.first_pass and not (
+            code == FOUND_OVERFLOW or code == FOUND_L1_COPIED or code == FOUND_L2_COPIED
+            or code == FOUND_RB_SHARED or code == FOUND_REFCOUNT_LOW or code == FOUND_LEAK
+            or code == FOUND_RB_UNREADABLE or code == FOUND_READ_ERROR):
+        return
     if code == FOUND_LEAK:
         c.leaks += times
-    elif code == FOUND_READ_ERROR or code == FOUND_RB_UNREADABLE:
+    elif (code == FOUND_READ_ERROR or code == FOUND_RB_UNREADABLE
+            or code == FOUND_SNAPSHOT_EXTRA):
         c.check_errors += times
         c.refs_uncertain = True
+        if code != FOUND_RB_UNREADABLE:
+            c.refs_hidden = True
     else:
         c.corruptions += times
         # These say something false but still point to what they mean.
         if not (code == FOUND_REFCOUNT_LOW or code == FOUND_L1_COPIED or code == FOUND_L2_COPIED
-                or code == FOUND_COMPRESSED_COPIED or code == FOUND_SNAPSHOT_INCOMPLETE):
+                or code == FOUND_COMPRESSED_COPIED or code == FOUND_SNAPSHOT_INCOMPLETE
+                or code == FOUND_OVERFLOW or code == FOUND_BITMAP_CONTRADICTS):
             c.refs_uncertain = True
+            # Damage to the refcounts hides no reference.
+            if not (code == FOUND_RT_RESERVED or code == FOUND_RB_MISALIGNED
+                    or code == FOUND_RB_BEYOND_END or code == FOUND_RB_SHARED):
+                c.refs_hidden = True
     if c.n_findings < c.max_findings:
         f = &c.findings[c.n_findings]
         f.code = code
-        f.fixed = False
         f.host_off = host_off
         f.guest_off = guest_off
         f.expected = expected
@@ -95,26 +141,33 @@ cdef void note(q2_census *c, int32_t code, uint64_t host_off, uint64_t guest_off
 # ---- counters -----------------------------------------------------------------------------------
 
 cdef inline uint64_t get_count(const q2_census *c, uint64_t host_cl) noexcept nogil:
+    cdef uint64_t at = host_cl - c.win_first
     if c.counter_bits == 1:
-        return (<const uint16_t *>c.counters)[host_cl]
+        return (<const uint16_t *>c.counters)[at]
     if c.counter_bits == 0:
-        return c.counters[host_cl]
-    return (<const uint32_t *>c.counters)[host_cl]
+        return c.counters[at]
+    return (<const uint32_t *>c.counters)[at]
 
 
 cdef inline void put_count(q2_census *c, uint64_t host_cl, uint64_t count) noexcept nogil:
+    cdef uint64_t at = host_cl - c.win_first
     if c.counter_bits == 1:
-        (<uint16_t *>c.counters)[host_cl] = <uint16_t>count
+        (<uint16_t *>c.counters)[at] = <uint16_t>count
     elif c.counter_bits == 0:
-        c.counters[host_cl] = <uint8_t>count
+        c.counters[at] = <uint8_t>count
     else:
-        (<uint32_t *>c.counters)[host_cl] = <uint32_t>count
+        (<uint32_t *>c.counters)[at] = <uint32_t>count
 
 
 cdef inline void count_cluster(q2_census *c, uint64_t host_cl, uint64_t guest_off,
                                uint64_t times) noexcept nogil:
-    cdef uint64_t count = get_count(c, host_cl)
-    cdef uint64_t room = c.max_count - count
+    cdef uint64_t count, room
+    if not in_window(c, host_cl):
+        if host_cl > c.win_first and host_cl < c.next_used:
+            c.next_used = host_cl
+        return
+    count = get_count(c, host_cl)
+    room = c.max_count - count
     if times > room:
         # More references than a refcount of this width can say.
         put_count(c, host_cl, c.max_count)
@@ -124,15 +177,20 @@ cdef inline void count_cluster(q2_census *c, uint64_t host_cl, uint64_t guest_of
         put_count(c, host_cl, count + times)
 
 
+cdef inline bint reaches_past_end(const q2_census *c, uint64_t host_off,
+                                  uint64_t nbytes) noexcept nogil:
+    # The file's last cluster may be there in part only, so less than a cluster past the end is
+    # fine. Written so that no sum can wrap.
+    return (nbytes >= c.file_size + c.g.cluster_size
+            or host_off >= c.file_size + c.g.cluster_size - nbytes)
+
+
 cdef void count_region(q2_census *c, uint64_t host_off, uint64_t nbytes, uint64_t guest_off,
                        uint64_t times) noexcept nogil:
     cdef uint64_t host_cl, last
     if nbytes == 0:
         return
-    # The file's last cluster may be there in part only, so less than a cluster past the end is
-    # fine. Written so that no sum can wrap.
-    if (nbytes >= c.file_size + c.g.cluster_size
-            or host_off >= c.file_size + c.g.cluster_size - nbytes):
+    if reaches_past_end(c, host_off, nbytes):
         note(c, FOUND_BEYOND_END, host_off, guest_off, c.file_size, nbytes, times)
         return
     last = (host_off + nbytes - 1) >> c.g.cluster_bits
@@ -142,7 +200,7 @@ cdef void count_region(q2_census *c, uint64_t host_off, uint64_t nbytes, uint64_
         c.n_seen = last + 1
 
 
-cdef bint has_refblock_nowhere(const q2_census *c, uint64_t rb_idx) noexcept nogil:
+cdef inline bint has_refblock_nowhere(const q2_census *c, uint64_t rb_idx) noexcept nogil:
     cdef uint64_t host_off
     if rb_idx >= c.n_rt:
         return False
@@ -150,13 +208,18 @@ cdef bint has_refblock_nowhere(const q2_census *c, uint64_t rb_idx) noexcept nog
     return host_off & (c.g.cluster_size - 1) != 0 or host_off >> 63 != 0
 
 
-# Whether the stored refcount is 1; -1 where its block cannot be found.
 cdef inline int32_t is_stored_one(const q2_census *c, uint64_t host_cl) noexcept nogil:
+    cdef uint64_t at = host_cl - c.win_first
+    if at < c.win_n:
+        if has_refblock_nowhere(c, host_cl >> c.g.refblock_bits):
+            return -1
+        return (c.stored_one[at >> 3] >> (at & 7)) & 1
+    if host_cl < c.n_clusters or not c.first_pass:
+        return -1
     if has_refblock_nowhere(c, host_cl >> c.g.refblock_bits):
         return -1
-    if host_cl >= c.n_stored:
-        return 0
-    return (c.stored_one[host_cl >> 3] >> (host_cl & 7)) & 1
+    at = host_cl - c.n_clusters
+    return (c.past_one[at >> 3] >> (at & 7)) & 1 if at < c.n_past else 0
 
 
 # ---- L1 and L2 tables ---------------------------------------------------------------------------
@@ -236,7 +299,7 @@ cdef q2_status count_l1(q2_census *c, const uint8_t *table, uint64_t l1_idx, uin
             if one >= 0 and (one != 0) != (entry & Q2_OFLAG_COPIED != 0):
                 note(c, FOUND_L1_COPIED, host_off, guest_off, one, entry, 1)
         # What lies past the end of the file reads as zeros: an empty table.
-        if host_off < c.file_size:
+        if host_off < c.file_size and c.first_pass:
             st = note_l2_ref(c, host_off, l1_idx + i, active)
             if st != Q2_OK:
                 return st
@@ -255,6 +318,8 @@ cdef void count_compressed(q2_census *c, const q2_l2_ref *ref, q2_l2e e,
         note(c, FOUND_COMPRESSED_BITMAP, host_off, guest_off, 0, e.bitmap, ref.refs)
         return
     count_region(c, host_off, compressed_bytes(&c.g, e), guest_off, ref.refs)
+    if not c.first_pass:
+        return
     # They share sectors, so two of them are never one read: each counts as fragmented.
     c.allocated += ref.active_refs
     c.compressed += ref.active_refs
@@ -314,6 +379,8 @@ cdef void count_l2(q2_census *c, const q2_l2_ref *ref, const uint8_t *table) noe
                 note(c, FOUND_BITMAP_WITHOUT_CLUSTER, 0, guest_off, 0, e.bitmap, ref.refs)
             continue
         count_standard(c, ref, e, guest_off)
+        if not c.first_pass:
+            continue
         c.allocated += ref.active_refs
         if next_host_off and host_off != next_host_off:
             c.fragmented += ref.active_refs
@@ -337,26 +404,43 @@ cdef void count_refblocks(q2_census *c) noexcept nogil:
             note(c, FOUND_RB_BEYOND_END, host_off, NO_GUEST, c.file_size, rb_idx, 1)
         else:
             count_region(c, host_off, c.g.cluster_size, NO_GUEST, 1)
-            if get_count(c, host_cl) != 1:
-                note(c, FOUND_RB_SHARED, host_off, NO_GUEST, 1, get_count(c, host_cl), 1)
+            if not in_window(c, host_cl) or get_count(c, host_cl) == 1:
+                continue
+            note(c, FOUND_RB_SHARED, host_off, NO_GUEST, 1, get_count(c, host_cl), 1)
+        c.rb_bad[rb_idx] = True
 
 
 cdef void learn_refblock(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil:
-    cdef uint64_t i, first = rb_idx << c.g.refblock_bits
-    cdef uint64_t n = min(<uint64_t>1 << c.g.refblock_bits, c.n_stored - first)
+    cdef uint64_t i, at, n, first = rb_idx << c.g.refblock_bits
     if block is NULL:
         return
-    for i in range(n):
-        if get_refcount(block, c.g.refcount_order, i) == 1:
-            c.stored_one[(first + i) >> 3] |= <uint8_t>(1 << ((first + i) & 7))
+    if in_window(c, first):
+        n = min(<uint64_t>1 << c.g.refblock_bits, c.win_first + c.win_n - first)
+        at = first - c.win_first
+        for i in range(n):
+            if get_refcount(block, c.g.refcount_order, i) == 1:
+                c.stored_one[(at + i) >> 3] |= <uint8_t>(1 << ((at + i) & 7))
+    n = <uint64_t>1 << c.g.refblock_bits
+    if not c.first_pass or first + n <= c.n_clusters:
+        return
+    for i in range(c.n_clusters - first if c.n_clusters > first else 0, n):
+        at = first + i - c.n_clusters
+        if at < c.n_past and get_refcount(block, c.g.refcount_order, i) == 1:
+            c.past_one[at >> 3] |= <uint8_t>(1 << (at & 7))
 
 
-cdef bint compare_refblock(q2_census *c, uint64_t rb_idx, uint8_t *block,
-                           bint fix) noexcept nogil:
+# Refcounts of block rb_idx that the window holds; its blocks are whole ones but for the last.
+cdef inline uint64_t block_clusters(const q2_census *c, uint64_t rb_idx) noexcept nogil:
+    cdef uint64_t first = rb_idx << c.g.refblock_bits
+    cdef uint64_t end = min(c.n_seen, c.win_first + c.win_n)
+    if first >= end:
+        return 0
+    return min(<uint64_t>1 << c.g.refblock_bits, end - first)
+
+
+cdef void compare_refblock(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil:
     cdef uint64_t i, stored, counted, first = rb_idx << c.g.refblock_bits
-    cdef uint64_t n = min(<uint64_t>1 << c.g.refblock_bits, c.n_seen - first)
-    cdef bint changed = False
-    for i in range(n):
+    for i in range(block_clusters(c, rb_idx)):
         stored = 0 if block is NULL else get_refcount(block, c.g.refcount_order, i)
         counted = get_count(c, first + i)
         if stored == 0 and counted == 0:
@@ -367,13 +451,55 @@ cdef bint compare_refblock(q2_census *c, uint64_t rb_idx, uint8_t *block,
                  1)
         elif stored > counted:
             note(c, FOUND_LEAK, (first + i) << c.g.cluster_bits, NO_GUEST, counted, stored, 1)
-            if fix:
-                set_refcount(block, c.g.refcount_order, i, counted)
-                changed = True
+
+
+cdef bint raise_refcounts(const q2_census *c, uint64_t rb_idx, uint8_t *block) noexcept nogil:
+    cdef uint64_t i, counted, first = rb_idx << c.g.refblock_bits
+    cdef bint changed = False
+    for i in range(block_clusters(c, rb_idx)):
+        counted = get_count(c, first + i)
+        if get_refcount(block, c.g.refcount_order, i) < counted:
+            set_refcount(block, c.g.refcount_order, i, counted)
+            changed = True
     return changed
 
 
+cdef bint lower_refcounts(const q2_census *c, uint64_t rb_idx, uint8_t *block) noexcept nogil:
+    cdef uint64_t i, counted, n, first = rb_idx << c.g.refblock_bits
+    cdef bint changed = False
+    n = block_clusters(c, rb_idx)
+    for i in range(n):
+        counted = get_count(c, first + i)
+        if get_refcount(block, c.g.refcount_order, i) > counted:
+            set_refcount(block, c.g.refcount_order, i, counted)
+            changed = True
+    # What a block says of clusters behind the end is a leak as soon as the file grows.
+    if first + n < c.n_seen:
+        return changed
+    for i in range(n, <uint64_t>1 << c.g.refblock_bits):
+        if get_refcount(block, c.g.refcount_order, i):
+            set_refcount(block, c.g.refcount_order, i, 0)
+            changed = True
+    return changed
+
+
+cdef void adopt_refcounts(q2_census *c, uint64_t rb_idx, const uint8_t *block) noexcept nogil:
+    cdef uint64_t i, stored, first = rb_idx << c.g.refblock_bits
+    for i in range(block_clusters(c, rb_idx)):
+        stored = get_refcount(block, c.g.refcount_order, i)
+        if stored > get_count(c, first + i):
+            put_count(c, first + i, min(stored, c.max_count))
+
+
+cdef bint is_block_used(const q2_census *c, uint64_t rb_idx) noexcept nogil:
+    cdef uint64_t i, first = rb_idx << c.g.refblock_bits
+    for i in range(block_clusters(c, rb_idx)):
+        if get_count(c, first + i):
+            return True
+    return False
+
+
 cdef void miss_refblock(q2_census *c, uint64_t rb_idx) noexcept nogil:
-    cdef uint64_t first = rb_idx << c.g.refblock_bits
-    cdef uint64_t n = min(<uint64_t>1 << c.g.refblock_bits, c.n_seen - first)
-    note(c, FOUND_RB_UNREADABLE, first << c.g.cluster_bits, NO_GUEST, 0, rb_idx, n)
+    c.rb_bad[rb_idx] = True
+    note(c, FOUND_RB_UNREADABLE, rb_idx << (c.g.refblock_bits + c.g.cluster_bits), NO_GUEST, 0,
+         rb_idx, block_clusters(c, rb_idx))

@@ -1,10 +1,31 @@
 from qcow2x._core.header import Header
 from qcow2x._core.storage import Storage
-from qcow2x.types import CheckResult, Progress
+from qcow2x.types import CheckResult, Finding, Progress
 
-def check_storage(
-    storage: Storage,
-    header: Header,
-    repair: str | None = None,
-    progress: Progress | None = None,
-) -> CheckResult: ...
+MAX_COUNTER_BYTES: int
+
+class Checker:
+    l1_tables: list[tuple[int, int, bool]]
+    shared_l2: set[int]
+    missing_blocks: list[int]
+    rt_shared: bool
+    storage: Storage
+    header: Header
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        progress: Progress | None = None,
+        phase: str = "check",
+        max_counter_bytes: int = ...,
+    ) -> None: ...
+    def check(self) -> Checker: ...
+    def findings(self) -> list[Finding]: ...
+    def result(self) -> CheckResult: ...
+    def refcount_table(self) -> list[tuple[int, bool]]: ...
+    @property
+    def refs_hidden(self) -> bool: ...
+    @property
+    def refs_uncertain(self) -> bool: ...
+    @property
+    def end_of_use(self) -> int: ...

@@ -1,10 +1,14 @@
 # cython: language_level=3
-"""Checking a whole image, and lowering refcounts that are too high.
+"""Checking a whole image.
 
 Two rounds over the refcount blocks with the tables in between: learn which refcounts are 1 (an
 entry's COPIED flag says the same of its cluster), walk every table and count the references,
 then compare the counts with the refcounts. An L2 table that many snapshots share is read and
 walked once. What counts as what follows `qemu-img check`.
+
+Counters take 1 to 4 bytes per cluster of the file. Where that is more than MAX_COUNTER_BYTES, the
+file is looked at through a window: all three steps for the clusters of one window, then for the
+next, with the tables walked again for each.
 """
 import time
 
@@ -21,7 +25,7 @@ from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
 from qcow2x._core.wire cimport Q2_INCOMPAT_EXTL2, Q2_MAX_L1_BYTES, Q2_RTE_OFFSET_MASK, q2_load_be64
 
-from qcow2x.errors import Cancelled, UnsupportedFeature
+from qcow2x.errors import Cancelled
 from qcow2x.types import CheckResult, Finding
 
 cdef extern from "qcow2x/format.h" nogil:
@@ -31,8 +35,9 @@ cdef enum:
     BATCH_BYTES = 1 << 20        # tables that lie side by side are read together, up to this
     REPORT_EVERY_MS = 100
 
-#: Bytes that the counters of one check may take.
-MAX_COUNTER_BYTES = 1 << 30
+#: Bytes that the counters of one check may take: a file of 3 TiB in clusters of 64 KiB and
+#: refcounts of 16 bits is checked in one pass over its tables, one of 16 TiB in six.
+MAX_COUNTER_BYTES = 96 << 20
 
 cdef uint64_t NO_GUEST = <uint64_t>NO_GUEST_OFF
 # Limits of the specification's section "Bitmaps", and QEMU's on the extra data of a snapshot.
@@ -41,120 +46,108 @@ cdef uint64_t MAX_DIRTY_BITMAP_BYTES = <uint64_t>512 << 20
 cdef uint64_t BITMAP_ENTRY_RESERVED = <uint64_t>0xff000000000001fe
 cdef uint64_t BITMAP_ENTRY_OFFSET = <uint64_t>0x00fffffffffffe00
 
-# (kind, structure, sentence) in the order of q2_finding_code.
+# (kind, structure, sentence, what a repair of everything does) in the order of q2_finding_code.
+# None where only the user can know what to do.
 FINDINGS = (
-    ("corruption", "file", "reference to a range that ends a cluster or more behind the file"),
-    ("corruption", "refcount", "more references than a refcount of this width can count"),
-    ("corruption", "l1", "L1 entry has reserved bits set"),
-    ("corruption", "l1", "L1 entry has flags but no L2 table"),
-    ("corruption", "l1", "L2 table is not aligned to a cluster"),
-    ("corruption", "l2", "L2 entry has reserved bits set"),
-    ("corruption", "l2", "compressed cluster has the COPIED flag"),
-    ("corruption", "l2", "compressed cluster in an image with an external data file"),
-    ("corruption", "l2", "compressed cluster has a subcluster bitmap"),
-    ("corruption", "l2", "subclusters are both allocated and zero"),
-    ("corruption", "l2", "subclusters are allocated but there is no cluster"),
-    ("corruption", "l2", "data cluster is not aligned"),
-    ("corruption", "l2", "preallocated zero cluster is not aligned"),
-    ("corruption", "l1", "COPIED flag of an L2 table does not match its refcount"),
-    ("corruption", "l2", "COPIED flag of a cluster does not match its refcount"),
-    ("corruption", "reftable", "refcount table entry has reserved bits set"),
-    ("corruption", "reftable", "refcount block is not aligned to a cluster"),
-    ("corruption", "reftable", "refcount block lies behind the end of the file"),
-    ("corruption", "reftable", "refcount block is also used for something else"),
-    ("corruption", "refcount", "refcount is too low"),
-    ("leak", "refcount", "refcount is too high: the cluster is leaked"),
-    ("error", "refcount", "refcounts cannot be read"),
-    ("corruption", "snapshot", "L1 table of a snapshot is not aligned or too large"),
-    ("corruption", "snapshot", "snapshot lacks fields that version 3 requires"),
-    ("corruption", "snapshot", "snapshots in an image with an external data file"),
-    ("corruption", "bitmap", "bitmap directory is not valid"),
-    ("corruption", "bitmap", "bitmap table entry is not valid"),
-    ("error", "file", "table cannot be read"),
+    ("corruption", "file", "reference to a range that ends a cluster or more behind the file",
+     "replace the entry by one that reads as zeros, where it reads so already"),
+    ("corruption", "refcount", "more references than a refcount of this width can count", None),
+    ("corruption", "l1", "L1 entry has reserved bits set", "clear the bits"),
+    ("corruption", "l1", "L1 entry has flags but no L2 table", "clear the entry"),
+    ("corruption", "l1", "L2 table is not aligned to a cluster",
+     "align the entry, if the table it then points to has no other use"),
+    ("corruption", "l2", "L2 entry has reserved bits set", "clear the bits"),
+    ("corruption", "l2", "compressed cluster has the COPIED flag", "clear the flag"),
+    ("corruption", "l2", "compressed cluster in an image with an external data file", None),
+    ("corruption", "l2", "compressed cluster has a subcluster bitmap", "clear the bitmap"),
+    ("corruption", "l2", "subclusters are both allocated and zero", None),
+    ("corruption", "l2", "subclusters are allocated but there is no cluster", None),
+    ("corruption", "l2", "data cluster is not aligned",
+     "align the entry, if the cluster it then points to has no other use"),
+    ("corruption", "l2", "preallocated zero cluster is not aligned",
+     "keep the zeros, let go of the cluster"),
+    ("corruption", "l1", "COPIED flag of an L2 table does not match its refcount",
+     "set the flag to what the refcount says"),
+    ("corruption", "l2", "COPIED flag of a cluster does not match its refcount",
+     "set the flag to what the refcount says"),
+    ("corruption", "reftable", "refcount table entry has reserved bits set",
+     "make the refcount block anew"),
+    ("corruption", "reftable", "refcount block is not aligned to a cluster",
+     "make the refcount block anew"),
+    ("corruption", "reftable", "refcount block lies behind the end of the file",
+     "make the refcount block anew"),
+    ("corruption", "reftable", "refcount block is also used for something else",
+     "make the refcount block anew"),
+    ("corruption", "refcount", "refcount is too low", "raise the refcount"),
+    ("leak", "refcount", "refcount is too high: the cluster is leaked", "lower the refcount"),
+    ("error", "refcount", "refcounts cannot be read", "make the refcount block anew"),
+    ("corruption", "snapshot", "L1 table of a snapshot is not aligned or too large", None),
+    ("corruption", "snapshot", "snapshot lacks fields that version 3 requires",
+     "write the snapshot table anew with them"),
+    ("corruption", "snapshot", "snapshots in an image with an external data file", None),
+    ("corruption", "bitmap", "bitmap directory is not valid",
+     "keep only the bitmaps that are described in full"),
+    ("corruption", "bitmap", "bitmap table entry is not valid",
+     "clear the entry and mark the bitmap as not to be used"),
+    ("error", "file", "table cannot be read", None),
+    ("error", "snapshot", "snapshot table entry has too much extra data",
+     "write the snapshot table anew with the first 1024 bytes of it"),
 )
 
 
-cpdef object check_storage(Storage storage, Header header, object repair=None,
-                           object progress=None):
-    """Checks the image in ``storage`` and returns a :class:`qcow2x.types.CheckResult`.
-
-    ``repair="leaks"`` lowers refcounts that are too high, durably, and then checks again: the
-    counts of the result are those of the second look, ``leaks_fixed`` that of the repair. Where
-    damage was found that may hide references (a table that cannot be read, entries that point
-    nowhere), no leak is touched: what looks leaked may be all that is left of the data.
-
-    Takes 1 to 4 bytes of memory per cluster of the file, at most MAX_COUNTER_BYTES; a larger
-    image raises UnsupportedFeature. ``progress(done, total, phase)`` counts bytes of metadata;
-    returning False raises Cancelled, before a repair has begun or after it is complete.
-    Raises ValueError for another ``repair``, PermissionError if the storage is read-only and
-    OSError if a repair cannot be written. Not thread-safe against writers of the same image.
-    """
-    cdef Checker first, second
-    if repair is not None and repair != "leaks":
-        raise ValueError(f"repair must be None or 'leaks', not {repair!r}")
-    if repair is not None and storage.read_only:
-        raise PermissionError(f"{storage.name}: is open read-only and cannot be repaired")
-    first = Checker(storage, header, progress, "check")
-    first.run()
-    if repair is None or first.c.leaks == 0 or first.c.refs_uncertain:
-        return first.result()
-    first.repair_leaks()
-    second = Checker(storage, header, progress, "verify")
-    second.run()
-    result = second.result()
-    result.leaks_fixed = first.c.leaks_fixed
-    fixed = [found for found in first.found() if found.fixed]
-    result.findings = (fixed + result.findings)[:CheckResult.MAX_FINDINGS]
-    return result
-
-
 cdef class Checker:
-    """One pass over an image."""
-    cdef q2_census c
-    cdef Storage storage
-    cdef Header header
-    cdef object progress
-    cdef str phase
-    cdef uint8_t *buf            # of buf_bytes: at least a cluster
-    cdef uint64_t buf_bytes
-    cdef uint64_t done
-    cdef uint64_t total
-    cdef double next_report
+    """One look at the image in ``storage``; :meth:`check`, then :meth:`result`.
 
-    def __cinit__(self, Storage storage, Header header, progress, str phase):
+    ``progress(done, total, phase)`` counts bytes of metadata; returning False raises Cancelled.
+    Not thread-safe against writers of the same image.
+    """
+
+    def __cinit__(self, Storage storage not None, Header header not None, progress=None,
+                  str phase="check", uint64_t max_counter_bytes=MAX_COUNTER_BYTES):
         memset(&self.c, 0, sizeof(q2_census))
         self.storage = storage
         self.header = header
         self.progress = progress
         self.phase = phase
+        self.l1_tables = []
+        self.shared_l2 = set()
+        self.missing_blocks = []
         set_geometry(&self.c.g, header.fields.version, header.fields.cluster_bits,
                      header.fields.refcount_order,
                      header.fields.incompat & Q2_INCOMPAT_EXTL2 != 0)
         self.c.has_data_file = header.has_data_file
         check_status(storage.get_size(&self.c.file_size), storage.name)
-        needed = counter_bytes(&self.c.g, self.c.file_size)
-        if needed > MAX_COUNTER_BYTES:
-            raise UnsupportedFeature(
-                f"{storage.name}: checking a file of {self.c.file_size} bytes with clusters of "
-                f"{self.c.g.cluster_size} takes {needed} bytes of memory, more than the limit of "
-                f"{MAX_COUNTER_BYTES}", features=("check of an image of this size",))
         self.buf_bytes = max(<uint64_t>BATCH_BYTES, self.c.g.cluster_size)
         self.buf = <uint8_t *>malloc(self.buf_bytes)
         if self.buf is NULL:
             raise MemoryError
         n_rt = <uint64_t>header.fields.rt_clusters << (self.c.g.cluster_bits - 3)
-        check_status(census_begin(&self.c, n_rt, CheckResult.MAX_FINDINGS), storage.name)
+        check_status(census_begin(&self.c, n_rt, CheckResult.MAX_FINDINGS, max_counter_bytes),
+                     storage.name)
 
     def __dealloc__(self):
         census_end(&self.c)
         free(self.buf)
 
-    cdef int run(self) except -1:
-        cdef uint64_t n_blocks
+    def check(self):
+        """Looks at everything, once. Raises OSError where even the refcount table cannot be read,
+        Cancelled."""
         self.load_refcount_table()
-        n_blocks = self.blocks_for(self.c.n_stored)
-        self.total = (2 * n_blocks) << self.c.g.cluster_bits
-        self.learn_refcounts(n_blocks)
+        self.total = self.c.n_rt * 8
+        while True:
+            self.pass_over_tables()
+            if not next_window(&self.c):
+                break
+        self.report(True)
+        return self
+
+    cdef int pass_over_tables(self) except -1:
+        cdef uint64_t first = self.c.win_first >> self.c.g.refblock_bits
+        cdef uint64_t end = self.blocks_for(min(self.c.win_first + self.c.win_n, self.c.n_clusters))
+        self.total += (2 * (end - first)) << self.c.g.cluster_bits
+        self.learn_refcounts(first, end)
+        if self.c.first_pass and self.c.n_past:
+            self.learn_refcounts(end, self.blocks_for(self.c.n_clusters + self.c.n_past))
         count_region(&self.c, 0, self.c.g.cluster_size, NO_GUEST, 1)
         self.count_l1_table(self.header.fields.l1_offset, self.header.fields.l1_size, True)
         self.count_snapshots()
@@ -165,14 +158,52 @@ cdef class Checker:
         self.count_l2_tables()
         self.count_dirty_bitmaps()
         count_refblocks(&self.c)
-        self.compare_refcounts(False)
-        self.report(True)
+        self.note_shared_places()
+        self.settle_window()
+        return 0
+
+    # Tables of the window that share their clusters with something else.
+    cdef int note_shared_places(self) except -1:
+        cdef uint64_t i, host_cl, first = self.header.fields.rt_offset >> self.c.g.cluster_bits
+        for i in range(self.c.n_l2_refs):
+            host_cl = self.c.l2_refs[i].host_off >> self.c.g.cluster_bits
+            if (in_window(&self.c, host_cl)
+                    and get_count(&self.c, host_cl) != min(self.c.l2_refs[i].refs,
+                                                           self.c.max_count)):
+                self.shared_l2.add(self.c.l2_refs[i].host_off)
+        for host_cl in range(first, first + self.header.fields.rt_clusters):
+            if in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1:
+                self.rt_shared = True
+        return 0
+
+    cdef int settle_window(self) except -1:
+        cdef uint64_t rb_idx, host_off
+        cdef uint64_t first = self.c.win_first >> self.c.g.refblock_bits
+        cdef uint64_t end = min(self.c.win_first + self.c.win_n, self.c.n_seen)
+        for rb_idx in range(first, ((end - 1) >> self.c.g.refblock_bits) + 1):
+            host_off = self.block_offset(rb_idx)
+            self.done += self.c.g.cluster_size
+            if has_refblock_nowhere(&self.c, rb_idx):
+                miss_refblock(&self.c, rb_idx)
+            elif host_off == 0:
+                compare_refblock(&self.c, rb_idx, NULL)
+            else:
+                with nogil:
+                    st = self.storage.read_at(Q2_SITE_CHECK_READ, self.buf, self.c.g.cluster_size,
+                                              host_off)
+                    if st == Q2_OK:
+                        compare_refblock(&self.c, rb_idx, self.buf)
+                    elif st == Q2_E_IO:
+                        miss_refblock(&self.c, rb_idx)
+                        st = Q2_OK
+                check_status(st, self.storage.name)
+            if (host_off == 0 or self.c.rb_bad[rb_idx]) and is_block_used(&self.c, rb_idx):
+                self.missing_blocks.append(rb_idx)
+            self.report(False)
         return 0
 
     # ---- reading ----
 
-    # Fills dst; False (and a finding) where the storage cannot read. What lies past the end of the
-    # file reads as zeros.
     cdef bint read(self, void *dst, uint64_t nbytes, uint64_t host_off) except? 0:
         cdef q2_status st
         with nogil:
@@ -206,6 +237,8 @@ cdef class Checker:
 
     cdef int load_refcount_table(self) except -1:
         cdef uint64_t i
+        if self.c.n_rt == 0:
+            return 0
         # Without its refcount table nothing can be said of the image at all.
         with nogil:
             st = self.storage.read_at(Q2_SITE_REFTABLE_READ, self.c.rt, self.c.n_rt * 8,
@@ -227,9 +260,9 @@ cdef class Checker:
             host_off = self.c.rt[rb_idx] & Q2_RTE_OFFSET_MASK
         return host_off if host_off < self.c.file_size else 0
 
-    cdef int learn_refcounts(self, uint64_t n_blocks) except -1:
+    cdef int learn_refcounts(self, uint64_t first, uint64_t end) except -1:
         cdef uint64_t rb_idx, host_off
-        for rb_idx in range(n_blocks):
+        for rb_idx in range(first, end):
             host_off = self.block_offset(rb_idx)
             self.done += self.c.g.cluster_size
             if host_off == 0 or has_refblock_nowhere(&self.c, rb_idx):
@@ -245,52 +278,13 @@ cdef class Checker:
             self.report(False)
         return 0
 
-    # Compares every refcount with what was counted; with `fix` lowers those that are too high and
-    # writes each block that this changes.
-    cdef int compare_refcounts(self, bint fix) except -1:
-        cdef uint64_t rb_idx, host_off
-        cdef uint64_t n_blocks = ((self.c.n_seen - 1) >> self.c.g.refblock_bits) + 1
-        for rb_idx in range(n_blocks):
-            host_off = self.block_offset(rb_idx)
-            self.done += self.c.g.cluster_size
-            if has_refblock_nowhere(&self.c, rb_idx):
-                miss_refblock(&self.c, rb_idx)
-                continue
-            if host_off == 0:
-                compare_refblock(&self.c, rb_idx, NULL, False)
-                continue
-            with nogil:
-                st = self.storage.read_at(Q2_SITE_CHECK_READ, self.buf, self.c.g.cluster_size,
-                                          host_off)
-                if st == Q2_E_IO:
-                    miss_refblock(&self.c, rb_idx)
-                    st = Q2_OK
-                elif st == Q2_OK and compare_refblock(&self.c, rb_idx, self.buf, fix):
-                    st = self.storage.write_at(Q2_SITE_REPAIR_WRITE, self.buf,
-                                               self.c.g.cluster_size, host_off, 0)
-            check_status(st, self.storage.name)
-            if not fix:
-                self.report(False)
-        return 0
-
-    # Only after run(), and only if refs_uncertain is not set.
-    cdef int repair_leaks(self) except -1:
-        cdef uint64_t i
-        self.c.n_findings = 0
-        self.c.leaks = 0
-        self.compare_refcounts(True)
-        self.storage.flush()
-        self.c.leaks_fixed = self.c.leaks
-        for i in range(self.c.n_findings):
-            if self.c.findings[i].code == FOUND_LEAK:
-                self.c.findings[i].fixed = True
-        return 0
-
     # ---- L1 and L2 tables ----
 
     cdef int count_l1_table(self, uint64_t host_off, uint64_t n, bint active) except -1:
         cdef uint64_t part, l1_idx = 0
         count_region(&self.c, host_off, n * 8, NO_GUEST, 1)
+        if self.c.first_pass and n:
+            self.l1_tables.append((host_off, n, active))
         while l1_idx < n and host_off + l1_idx * 8 < self.c.file_size:
             part = min(n - l1_idx, self.buf_bytes // 8)
             if self.read(self.buf, part * 8, host_off + l1_idx * 8):
@@ -341,17 +335,17 @@ cdef class Checker:
             at += 40 + extra + int.from_bytes(entry[12:14], "big") + int.from_bytes(
                 entry[14:16], "big")
             if extra > MAX_SNAPSHOT_EXTRA or at - start > Q2_MAX_SNAPSHOT_TABLE_BYTES:
-                note(&self.c, FOUND_READ_ERROR, at, NO_GUEST, MAX_SNAPSHOT_EXTRA, extra, 1)
+                note(&self.c, FOUND_SNAPSHOT_EXTRA, at, NO_GUEST, MAX_SNAPSHOT_EXTRA, extra, 1)
                 return 0
             if self.c.g.version >= 3 and extra < 16:
                 note(&self.c, FOUND_SNAPSHOT_INCOMPLETE, at, NO_GUEST, 16, extra, 1)
             # Tables of their own fit in the file together: more than that is no table list but an
             # attempt to keep a checker busy.
-            l1_total += l1_size * 8
             if (l1_offset & (self.c.g.cluster_size - 1) or l1_size * 8 > Q2_MAX_L1_BYTES
-                    or l1_total > self.c.file_size + self.c.g.cluster_size * n):
+                    or l1_total + l1_size * 8 > self.c.file_size + self.c.g.cluster_size * n):
                 note(&self.c, FOUND_SNAPSHOT_L1, l1_offset, NO_GUEST, 0, l1_size, 1)
                 continue
+            l1_total += l1_size * 8
             self.count_l1_table(l1_offset, l1_size, False)
         if n:
             count_region(&self.c, start, at - start, NO_GUEST, 1)
@@ -402,10 +396,32 @@ cdef class Checker:
 
     # ---- the answer ----
 
-    cdef list found(self):
+    @property
+    def refs_hidden(self):
+        """Whether references may be missing from the counts, as something that holds such could
+        not be read or points nowhere: what looks leaked may be all that is left of the data."""
+        return bool(self.c.refs_hidden)
+
+    @property
+    def refs_uncertain(self):
+        """That, or refcounts that cannot be trusted themselves."""
+        return bool(self.c.refs_uncertain)
+
+    @property
+    def end_of_use(self):
+        """Host offset behind the last cluster that is referred to or has a refcount."""
+        return (self.c.highest_cluster + 1) << self.c.g.cluster_bits
+
+    def refcount_table(self):
+        """``[(entry, its block can be kept)]`` of the refcount table."""
+        return [(self.c.rt[i], not self.c.rb_bad[i]) for i in range(self.c.n_rt)]
+
+    def findings(self):
+        """The first :data:`CheckResult.MAX_FINDINGS` of what was found."""
         return [finding_of(&self.c.findings[i]) for i in range(self.c.n_findings)]
 
-    cdef object result(self):
+    def result(self):
+        """A :class:`qcow2x.types.CheckResult`, with the counts of ``qemu-img check``."""
         # Whole sectors only, as every reader that counts in sectors sees the disk.
         size = self.header.size & ~511
         return CheckResult(
@@ -418,12 +434,12 @@ cdef class Checker:
             allocated_clusters=self.c.allocated,
             fragmented_clusters=self.c.fragmented,
             compressed_clusters=self.c.compressed,
-            findings=self.found(),
+            findings=self.findings(),
         )
 
 
 cdef object finding_of(const q2_finding *f):
-    kind, structure, sentence = FINDINGS[f.code]
+    kind, structure, sentence, action = FINDINGS[f.code]
     return Finding(
         kind=kind,
         structure=structure,
@@ -432,7 +448,7 @@ cdef object finding_of(const q2_finding *f):
         guest_offset=None if f.guest_off == NO_GUEST else f.guest_off,
         expected=f.expected,
         found=f.found,
-        fixed=f.fixed,
+        action=action,
     )
 
 

@@ -5,7 +5,7 @@ from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyO
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 from posix.uio cimport iovec
@@ -379,16 +379,51 @@ cdef class CoreImage(ImageState):
         check_status(st, self.name)
         self.header.fields.autoclear = kept
 
-    def _forget_refcounts(self):
-        """After a repair changed them in the file: what is cached is read again."""
+    def _reload(self, Header header not None):
+        """After a repair changed tables in the file: what is in memory is read again, or forgotten
+        until it is needed. Nothing else may be under way or waiting to be written. What snapshots
+        hold is then no longer guarded."""
+        cdef uint64_t entries = header.fields.l1_size
+        cdef uint64_t *l1 = <uint64_t *>calloc(entries + 1, 8)
+        cdef uint64_t *rt = NULL
+        cdef uint64_t i, host_size = 0
+        cdef uint8_t head[512]
+        cdef q2_status st = Q2_OK
+        if l1 is NULL or entries != self.l1_size:
+            st = fail(Q2_E_NOMEM, Q2_SITE_L1_READ, 0, b"no memory for the L1 table")
         with nogil:
-            pthread_mutex_lock(&self.commit)
-            pthread_rwlock_wrlock(&self.meta)
-            cache_forget_all(&self.refblocks)
-            self.free_hint = 0
-            self.packed_end = 0
-            pthread_rwlock_unlock(&self.meta)
-            pthread_mutex_unlock(&self.commit)
+            if st == Q2_OK:
+                st = self.file.read_at(Q2_SITE_L1_READ, l1, entries * 8, header.fields.l1_offset)
+            if st == Q2_OK:
+                st = self.file.read_at(Q2_SITE_HEADER_READ, head, 512, 0)
+            if st == Q2_OK:
+                st = self.file.get_size(&host_size)
+            if st == Q2_OK:
+                for i in range(entries):
+                    l1[i] = q2_load_be64(&l1[i])
+                pthread_mutex_lock(&self.commit)
+                pthread_rwlock_wrlock(&self.meta)
+                self.l1, l1 = l1, self.l1
+                self.rt, rt = rt, self.rt
+                self.rt_entries = (<uint64_t>header.fields.rt_clusters
+                                   << self.geo.cluster_bits) >> 3
+                self.rt_offset = header.fields.rt_offset
+                self.l1_offset = header.fields.l1_offset
+                self.header.fields = header.fields
+                memcpy(self.head, head, 512)
+                q2_store(&self.host_size, host_size)
+                cache_forget_all(&self.l2)
+                cache_forget_all(&self.refblocks)
+                self.free_hint = 0
+                self.packed_end = 0
+                guard_forget(self)
+                st = guard_image(self)
+                pthread_rwlock_unlock(&self.meta)
+                pthread_mutex_unlock(&self.commit)
+        free(l1)
+        free(rt)
+        check_status(st, self.name)
+        self.header.extensions = header.extensions
 
     # ---- Internal snapshots: the tables are made by qcow2x/snapshot.py ---------------------------
 

@@ -30,7 +30,9 @@ cdef enum:
 cdef q2_status guard_add(ImageState img, uint32_t holds, uint64_t first_cl,
                          uint64_t n) noexcept nogil
 cdef void guard_remove(ImageState img, uint64_t first_cl, uint64_t n) noexcept nogil
-# The same for the clusters of a table of nbytes.
+# None holds a table: what is there is to be told anew.
+cdef void guard_forget(ImageState img) noexcept nogil
+# As guard_add, for the clusters of a table of nbytes.
 cdef q2_status guard_table(ImageState img, uint32_t holds, uint64_t host_off,
                            uint64_t nbytes) noexcept nogil
 

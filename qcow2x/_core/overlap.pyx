@@ -1,6 +1,7 @@
 # cython: language_level=3
 """Guarding metadata: the set of clusters that hold tables, and what happens to a write that hits."""
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from qcow2x._core.errors cimport fail
 from qcow2x._core.state cimport q2_guard
@@ -100,6 +101,12 @@ cdef void guard_remove(ImageState img, uint64_t first_cl, uint64_t n) noexcept n
                 g.slot[at] = 0
                 hole = at
             at = (at + 1) & g.mask
+
+
+cdef void guard_forget(ImageState img) noexcept nogil:
+    if img.guarded.slot is not NULL:
+        memset(img.guarded.slot, 0, (img.guarded.mask + 1) * 8)
+    img.guarded.n = 0
 
 
 cdef q2_status guard_table(ImageState img, uint32_t holds, uint64_t host_off,

@@ -459,6 +459,11 @@ cdef class FileStorage(Storage):
         """Whether :meth:`close` was called."""
         return self.closed
 
+    @property
+    def is_device(self):
+        """Whether this is a block device, whose size is its own."""
+        return self.fixed_size
+
     # -- reading --
 
     cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,

@@ -1,0 +1,283 @@
+"""Check and repair of whole images, also of those that cannot be opened for writing.
+
+A repair is planned on an overlay (:mod:`qcow2x.ops.overlay`): entries that are wrong by themselves
+first, then places for refcounts, then the refcounts and COPIED flags, then a second look at the
+outcome. Only then are the old bytes saved and the file changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+
+from qcow2x._core.check import Checker
+from qcow2x._core.header import Header
+from qcow2x._core.repair import EntryFixer, RefcountFixer
+from qcow2x.errors import CorruptImage, FormatError
+from qcow2x.locking import lock_image
+from qcow2x.ops.mend import Mender, Space
+from qcow2x.ops.overlay import Overlay
+from qcow2x.ops.undo import Journal
+from qcow2x.storage import PyStorage, Source, Storage, open_storage
+from qcow2x.types import CheckResult, Finding, Progress
+
+REPAIRS = (None, "leaks", "all")
+_PAGE = 4096
+# Header fields with which a wrong place of the refcount table is reported (the L1 table's offset, if
+# the two overlap): the table can be made anew.
+_RT_FIELDS = (40, 48, 56)
+
+
+def check(
+    source: Source,
+    *,
+    repair: str | None = None,
+    dry_run: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+    lock: bool = True,
+    cache: str = "writeback",
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Checks an image, every table against every other, and repairs it if asked to.
+
+    ``repair="leaks"`` lowers refcounts that are too high, and nothing where damage was found that
+    may hide what uses the clusters. ``repair="all"`` also raises refcounts, makes refcount blocks
+    and table anew where they are missing or damaged, corrects COPIED flags and entries that are
+    wrong by themselves, the snapshot table and the bitmap directory, and clears the dirty and the
+    corrupt bit when all is well. What the guest can read stays as it is, and what reads as an
+    error keeps doing so. Works on images that :func:`qcow2x.open` refuses to write to.
+
+    ``dry_run`` changes nothing: each finding's ``action`` says what would be done. ``journal``
+    names a new file that takes the old bytes first; see :func:`qcow2x.undo_repair`.
+
+    The counts are those that are left, the findings those of the first look; what was repaired is
+    ``fixed``. ``progress(done, total, phase)`` counts bytes of metadata; returning False raises
+    Cancelled, before anything was changed. Memory is bounded at about 128 MiB.
+
+    Raises FormatError and UnsupportedFeature for what is no image or has features unknown here,
+    ImageLocked, PermissionError, FileExistsError (the journal), OSError.
+    """
+    _check_arguments(repair, dry_run, journal)
+    writable = repair is not None and not dry_run
+    storage = open_storage(source, writable=writable, cache=cache)
+    held = None
+    try:
+        held = lock_image(storage, writable) if lock else None
+        header = load_header(storage, repair == "all")
+        header.require_supported(storage.name)
+        return check_storage(
+            storage, header, repair=repair, dry_run=dry_run, journal=journal, progress=progress
+        )
+    finally:
+        if held is not None:
+            held.release()
+        if storage is not source:
+            storage.close()
+
+
+def check_storage(
+    storage: Storage,
+    header: Header,
+    *,
+    repair: str | None = None,
+    dry_run: bool = False,
+    journal: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """:func:`check` of an open storage. What else has it open must drop what it has cached."""
+    _check_arguments(repair, dry_run, journal)
+    if repair is not None and not dry_run and not storage.writable:
+        raise PermissionError(f"{storage.name}: is open read-only and cannot be repaired")
+    looked = Checker(storage, header, progress).check()
+    before = looked.result()
+    if repair is None:
+        return before
+    if repair == "leaks" and (not before.leaks or looked.refs_uncertain):
+        return before
+    if before.clean and not (repair == "all" and (header.dirty or header.corrupt)):
+        return before
+    plan = _Repair(storage, header, looked, repair, progress)
+    try:
+        after = plan.make()
+        if not dry_run and plan.overlay.changed:
+            plan.carry_out(journal)
+        return _outcome(before, after, dry_run)
+    finally:
+        plan.overlay.close()
+
+
+def rebuild_refcounts(storage: Storage, header: Header) -> CheckResult:
+    """Makes every refcount and COPIED flag what the tables say, and clears the dirty bit.
+
+    For an image that was not closed after its refcounts began to lag behind (section "Header",
+    dirty bit). The file changes in an order that lets a second attempt follow a crash at any
+    point; the header must be loaded again afterwards. Raises CorruptImage, with nothing changed,
+    where other damage is found: that takes a repair.
+    """
+    looked = Checker(storage, header).check()
+    plan = _Repair(storage, header, looked, "refcounts", None)
+    try:
+        after = plan.make()
+        if after.corruptions or after.check_errors:
+            exc = CorruptImage(
+                f"{storage.name}: was not closed, and is damaged beyond its refcounts "
+                f"({after.corruptions} corruptions, {after.check_errors} errors): repair it "
+                'with qcow2x.check(..., repair="all") before writing'
+            )
+            exc.path = storage.name
+            raise exc
+        plan.carry_out(None)
+        return _outcome(looked.result(), after, False)
+    finally:
+        plan.overlay.close()
+
+
+def load_header(storage: Storage, without_refcounts: bool = False) -> Header:
+    """The header. With ``without_refcounts`` also where the refcount table it names is nowhere:
+    the header then says that there is none."""
+    try:
+        return Header.load(storage.pread, storage.size(), storage.name)
+    except FormatError as exc:
+        if not without_refcounts or exc.offset not in _RT_FIELDS:
+            raise
+    except CorruptImage as exc:
+        if not without_refcounts or exc.offset not in _RT_FIELDS:
+            raise
+    size = storage.size()
+    header = Header.parse(storage.pread(min(size, 2 << 20), 0), None, storage.name)
+    # All else must be in order. The new table will stand right behind the file.
+    end = -(-size // header.cluster_size) * header.cluster_size
+    header.set_tables(end, 1, header.l1_offset, header.l1_size)
+    header.validate(end + header.cluster_size, storage.name)
+    header.set_tables(0, 0, header.l1_offset, header.l1_size)
+    return header
+
+
+def _check_arguments(repair: str | None, dry_run: bool, journal: object) -> None:
+    if repair not in REPAIRS:
+        raise ValueError(f'repair must be None, "leaks" or "all", not {repair!r}')
+    if repair is None and (dry_run or journal is not None):
+        raise ValueError("dry_run and journal go with a repair")
+
+
+class _Repair:
+    """One repair: planned by make(), done by carry_out()."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        looked: Checker,
+        scope: str,
+        progress: Progress | None,
+    ) -> None:
+        self.overlay = Overlay(storage, min(_PAGE, header.cluster_size))
+        self._view = PyStorage(self.overlay)
+        self._storage = storage
+        self._header = header
+        self._looked = looked
+        self._scope = scope
+        self._progress = progress
+        # What lies where something else lies is made anew even if that moves away: until it has, the
+        # place must not be written to.
+        self._spoiled = [i for i, (_, good) in enumerate(looked.refcount_table()) if not good]
+        self._rt_spoiled = looked.rt_shared
+        self._space = Space(self.overlay, storage, header.cluster_size, looked.end_of_use)
+
+    def make(self) -> CheckResult:
+        """Plans everything; returns what a check will find when it is done."""
+        found = self._looked.result()
+        self._mender().clear_unknown_autoclear()
+        if self._scope == "all" and (found.corruptions or found.check_errors):
+            self._mend_entries()
+        if self._scope != "leaks":
+            self._place_refcounts()
+        # An entry without the flag costs a copy too many, one with it a copy too few: flags are
+        # corrected together with the refcounts, if nothing else is wrong or all is repaired.
+        fixer = RefcountFixer(self._view, self._header, self._progress, "repair")
+        fixer.fix(
+            self.overlay.write,
+            self._scope != "leaks",
+            not self._looked.refs_hidden,
+            self._scope != "leaks" or not found.corruptions,
+            self._looked.shared_l2,
+        )
+        verified = Checker(self._view, self._header, self._progress, "verify").check().result()
+        if self._scope != "leaks" and not verified.corruptions and not verified.check_errors:
+            self._mender().mark_sound()
+        return verified
+
+    def carry_out(self, journal: str | os.PathLike[str] | None) -> None:
+        """Saves the old bytes, if so wanted, and changes the file."""
+        kept = Journal(journal, self.overlay) if journal is not None else None
+        try:
+            self.overlay.apply()
+            if kept is not None:
+                kept.complete()
+        finally:
+            if kept is not None:
+                kept.close()
+
+    def _mender(self) -> Mender:
+        return Mender(self.overlay, self._header, self._space)
+
+    def _look_again(self) -> None:
+        # A header without a refcount table stays one until the table is placed.
+        self._header = load_header(self._view, True)
+        self._looked = Checker(self._view, self._header, self._progress, "check").check()
+
+    def _mend_entries(self) -> None:
+        mender = self._mender()
+        mender.mend_snapshot_table()
+        moved = mender.part_l2_tables(self._looked)
+        backed = self._header.backing_file is not None
+        # It reads through the view, as the tables may lie where others have been changed.
+        EntryFixer(
+            self._looked,
+            self._view,
+            self.overlay.write,
+            moved,
+            (lambda: self._space.take(1)) if backed else None,
+        ).fix()
+        mender.mend_bitmaps()
+        if self.overlay.changed:
+            self._look_again()
+
+    def _place_refcounts(self) -> None:
+        looked = self._looked
+        damaged = [i for i, (_, good) in enumerate(looked.refcount_table()) if not good]
+        spoiled = {*self._spoiled, *damaged}
+        rt_spoiled = self._rt_spoiled or looked.rt_shared or not looked.refcount_table()
+        if spoiled or rt_spoiled or looked.missing_blocks:
+            self._mender().place_refcounts(looked, spoiled, rt_spoiled)
+            self._header = load_header(self._view)
+
+
+def _outcome(before: CheckResult, after: CheckResult, dry_run: bool) -> CheckResult:
+    """What is left, and the findings of the first look with what became of each."""
+    left = {_key(found) for found in after.findings}
+    findings: list[Finding] = []
+    for found in before.findings:
+        if _key(found) in left:
+            findings.append(replace(found, action=None))
+        else:
+            findings.append(replace(found, fixed=not dry_run))
+    known = {_key(found) for found in before.findings}
+    findings.extend(_without_action(f for f in after.findings if _key(f) not in known))
+    if dry_run:
+        return replace(before, findings=findings[: CheckResult.MAX_FINDINGS])
+    return replace(
+        after,
+        corruptions_fixed=max(0, before.corruptions - after.corruptions),
+        leaks_fixed=max(0, before.leaks - after.leaks),
+        findings=findings[: CheckResult.MAX_FINDINGS],
+    )
+
+
+def _without_action(findings: Iterable[Finding]) -> Iterable[Finding]:
+    return (replace(found, action=None) for found in findings)
+
+
+def _key(found: Finding) -> tuple[str, int, int | None]:
+    return found.message, found.offset, found.guest_offset
