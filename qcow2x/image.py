@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qcow2x import backing as _backing
+from qcow2x import bitmap as _bitmap
 from qcow2x import snapshot as _snapshot
 from qcow2x._core.header import Header
 from qcow2x._core.image import CoreImage
@@ -292,6 +293,7 @@ class Image(CoreImage):
         # Resizing, repairing and closing exclude each other: a second close must not take the
         # file away while the first still flushes. Reentrant, for a signal handler that closes.
         self._exclusive = threading.RLock()
+        self._bitmaps = _bitmap.Directory()
 
     def _own(
         self, storages: list[Storage], locks: list[ImageLock], guard_all: bool = False
@@ -300,7 +302,7 @@ class Image(CoreImage):
         if self.writable:
             self._guard_all = guard_all
             _snapshot.guard_tables(self, guard_all)
-            self._clear_autoclear()
+            self._clear_autoclear(bitmaps=_bitmap.begin(self))
         self._owned, self._locks = tuple(storages), tuple(locks)
 
     # ---- Looking ----
@@ -363,6 +365,11 @@ class Image(CoreImage):
     def snapshots(self) -> _snapshot.Snapshots:
         """The internal snapshots: a sequence, with create, delete, apply, open and diff."""
         return _snapshot.Snapshots(self)
+
+    @property
+    def bitmaps(self) -> _bitmap.Bitmaps:
+        """The persistent dirty bitmaps: a mapping by name, with add, remove, merge and more."""
+        return _bitmap.Bitmaps(self)
 
     def stats(self) -> Stats:
         """Counters since the image was opened, and what its caches hold now. Takes no lock."""
@@ -440,9 +447,10 @@ class Image(CoreImage):
                 f"{self.name}: a version 2 image with internal snapshots cannot be resized",
                 features=("resize of version 2 with snapshots",),
             )
-        if self._header.data_file_raw and size > old:
-            self._data.truncate(size)
-        self._resize(size)
+        with _bitmap.resizing(self, size):
+            if self._header.data_file_raw and size > old:
+                self._data.truncate(size)
+            self._resize(size)
         if self._header.data_file_raw and size < old:
             self._data.truncate(size)
         if preallocation != "off" and size > old:
@@ -493,7 +501,7 @@ class Image(CoreImage):
         than once. Raises what the flush raises; the image is closed even so."""
         with self._exclusive:
             try:
-                self._shut()
+                self._store_and_shut()
             finally:
                 locks, self._locks = self._locks, ()
                 owned, self._owned = self._owned, ()
@@ -501,6 +509,21 @@ class Image(CoreImage):
                     lock.release()
                 for storage in owned:
                     storage.close()
+
+    def _store_and_shut(self) -> None:
+        """No write gets in between the last look at what was written and the end."""
+        frozen = False
+        try:
+            if self.writable and not self.closed and self._bitmaps.entries:
+                self._freeze()
+                frozen = True
+                _bitmap.end(self)
+        finally:
+            try:
+                self._shut()
+            finally:
+                if frozen:
+                    self._thaw()
 
     def __enter__(self) -> Self:
         return self

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, overload
 
+from qcow2x import bitmap as _bitmap
 from qcow2x._core.header import Header
 from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
 
@@ -165,6 +166,8 @@ def header_at(header: Header, snapshot: Snapshot, name: str) -> Header:
         snapshot.l1_size,
     )
     seen.set_size(snapshot.disk_size)
+    # Bitmaps are of the live disk.
+    seen.use_bitmaps(None)
     return seen
 
 
@@ -300,6 +303,7 @@ class Snapshots(Sequence[Snapshot]):
         with image._exclusive:
             self._need_writable()
             wanted = self.get(key)
+            _bitmap.replaced(image, wanted.disk_size, lambda: self.diff(key))
             entries = max(wanted.l1_size, image._l1_entries_for(wanted.disk_size))
             with self._reserved(entries * 8) as l1_off:
                 image._snapshot_apply(

@@ -14,6 +14,12 @@ static inline uint64_t q2_sub(uint64_t *p, uint64_t v)
 {
     return __atomic_sub_fetch(p, v, __ATOMIC_ACQ_REL);
 }
+/* Sets bits; writes only where one of them is not set yet, so that a hot word stays shared. */
+static inline void q2_set_bits(uint64_t *p, uint64_t bits)
+{
+    if ((__atomic_load_n(p, __ATOMIC_RELAXED) & bits) != bits)
+        __atomic_fetch_or(p, bits, __ATOMIC_RELEASE);
+}
 /* Raises *p to v; never lowers it. */
 static inline void q2_raise_to(uint64_t *p, uint64_t v)
 {

@@ -121,6 +121,7 @@ cdef q2_status clear_data_file(ImageState img, uint64_t guest_off, uint64_t end,
 cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
                                uint64_t end_cl) noexcept nogil:
     cdef uint64_t miss = 0, turn = 0, done
+    cdef uint64_t start = guest_cl << img.geo.cluster_bits
     cdef uint32_t parity = 0
     cdef q2_status st = begin_write_request(img, &parity)
     if st != Q2_OK:
@@ -141,6 +142,7 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
         elif st == Q2_MISS:
             st = load_slice(img, miss)
         guest_cl += done
+    note_change(img, start, (end_cl << img.geo.cluster_bits) - start)
     leave_write(img, parity)
     return st
 
@@ -232,6 +234,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
             st = load_slice(img, miss)
         else:
             break
+    note_change(img, guest_off, end - guest_off)
     leave_write(img, parity)
     return st
 

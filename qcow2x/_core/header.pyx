@@ -370,6 +370,14 @@ cdef class Header:
         else:
             self.fields.compat &= ~Q2_COMPAT_LAZY_REFCOUNTS
 
+    def use_bitmaps(self, data):
+        """Says where the bitmap directory is: the bytes of the extension, or None for no bitmaps."""
+        self.set_extension(Q2_EXT_BITMAPS, data)
+        if data is None:
+            self.fields.autoclear &= ~Q2_AUTOCLEAR_BITMAPS
+        else:
+            self.fields.autoclear |= Q2_AUTOCLEAR_BITMAPS
+
     def set_size(self, uint64_t size):
         """Says how long the guest disk is, in bytes."""
         self.fields.size = size

@@ -5,12 +5,13 @@ from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyO
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 from posix.uio cimport iovec
 
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
+from qcow2x._core.bitmapdir cimport Marks
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
@@ -28,12 +29,15 @@ from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
                                     q2_table, release_clusters, reserve_clusters)
-from qcow2x._core.state cimport begin_request, is_encrypted, leave_request
+from qcow2x._core.marks cimport q2_marks
+from qcow2x._core.state cimport (begin_request, freeze, is_encrypted, leave_request,
+                                 poison_unless_full, thaw, wake_bitmaps)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR, q2_load_be64, q2_store_be64
+from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
+                                q2_load_be64, q2_store_be64)
 from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
@@ -362,11 +366,13 @@ cdef class CoreImage(ImageState):
                 st = allocate_guest(self, off, n)
         self._raise_write(st)
 
-    def _clear_autoclear(self):
+    def _clear_autoclear(self, bint bitmaps=False):
         """Autoclear features promise what a writer keeps up to date; those not kept here end with
-        the first writer (section "Header", autoclear_features)."""
+        the first writer (section "Header", autoclear_features). ``bitmaps``: those are kept."""
         cdef uint64_t kept = Q2_AUTOCLEAR_RAW_DATA if self.raw_data else 0
         cdef q2_status st
+        if bitmaps:
+            kept |= Q2_AUTOCLEAR_BITMAPS
         if self.geo.version < 3 or self.header.fields.autoclear & ~kept == 0:
             return
         kept &= self.header.fields.autoclear
@@ -492,7 +498,15 @@ cdef class CoreImage(ImageState):
 
     def _guard(self, holds, host_off, nbytes):
         """Tables that the core does not look for itself: HOLDS of overlap.pxd."""
-        check_status(guard_table(self, holds, host_off, nbytes), self.name)
+        cdef uint32_t what = holds
+        cdef uint64_t off = host_off
+        cdef uint64_t n = nbytes
+        cdef q2_status st
+        with nogil:
+            pthread_rwlock_wrlock(&self.meta)
+            st = guard_table(self, what, off, n)
+            pthread_rwlock_unlock(&self.meta)
+        check_status(st, self.name)
 
     # ---- Amending: what qcow2x/ops/amend.py asks for ---------------------------------------------
 
@@ -528,6 +542,104 @@ cdef class CoreImage(ImageState):
                 memcpy(self.head, cluster, 512)
                 self.geo.version = self.header.fields.version
             pthread_mutex_unlock(&self.commit)
+        check_status(st, self.name)
+
+    def _patch_header(self, offset, bytes data):
+        """Overwrites bytes of the header cluster, durably. They lie in one sector, or do not matter
+        until a later patch says so."""
+        cdef uint64_t off = door_offset(offset)
+        cdef uint64_t n = len(data)
+        cdef uint64_t in_head = 0 if off >= 512 else min(n, 512 - off)
+        cdef const char *src = PyBytes_AS_STRING(data)
+        cdef uint8_t before[512]
+        cdef q2_status st
+        with nogil:
+            pthread_mutex_lock(&self.commit)
+            memcpy(before, self.head, 512)
+            memcpy(self.head + (off if in_head else 0), src, in_head)
+            st = self.file.write_at(Q2_SITE_HEADER_UPDATE, src, n, off, WRITE_DEFERRED)
+            if st == Q2_OK:
+                st = self.file.sync(Q2_SITE_BARRIER)
+            st = poison_unless_full(self, st)
+            if st != Q2_OK:
+                memcpy(self.head, before, 512)
+            self.count.metadata_writes += 1
+            self.count.barriers += 1
+            pthread_mutex_unlock(&self.commit)
+        check_status(st, self.name)
+
+    # ---- Persistent bitmaps: what qcow2x/bitmap.py asks for ---------------------------------------
+
+    def _freeze(self):
+        """Returns when no write is under way; none begins before _thaw. One thread at a time."""
+        cdef q2_status st
+        with nogil:
+            st = freeze(self)
+        check_status(st, self.name)
+
+    def _thaw(self):
+        with nogil:
+            thaw(self)
+
+    def _track(self, Marks marks):
+        """Writes are noted in ``marks`` from now on, or nowhere (None). Frozen, or not in use yet."""
+        if marks is None:
+            memset(&self.marks, 0, sizeof(q2_marks))
+        else:
+            self.marks = marks.m
+        self.tracker = marks
+
+    def _set_asleep(self, bytes directory, offset):
+        """What _track set up begins with the next write, which first puts this directory in place
+        of the one at host ``offset``. None: nothing is to be put anywhere. Frozen, or not in use
+        yet."""
+        cdef uint64_t n = 0 if directory is None else len(directory)
+        cdef uint8_t *copy = NULL
+        if n:
+            copy = <uint8_t *>malloc(n)
+            if copy is NULL:
+                raise MemoryError(f"{self.name}: no memory for the bitmap directory")
+            memcpy(copy, PyBytes_AS_STRING(directory), n)
+        free(self.awake_dir)
+        self.awake_dir = copy
+        self.awake_dir_bytes = n
+        self.awake_dir_off = offset
+        q2_store(&self.asleep, 1 if n else 0)
+
+    def _wake(self):
+        """Marks tracked bitmaps in use now."""
+        cdef q2_status st
+        with nogil:
+            st = wake_bitmaps(self)
+        check_status(st, self.name)
+
+    @property
+    def _asleep(self):
+        return q2_load(&self.asleep) != 0
+
+    @property
+    def _marks(self):
+        """What was changed since the bitmaps were stored, or None."""
+        return self.tracker
+
+    def _write_meta(self, bytes data, offset):
+        """Bytes of a table that is not in use yet, not synced."""
+        cdef uint64_t off = door_offset(offset)
+        cdef const char *src = PyBytes_AS_STRING(data)
+        cdef uint64_t n = len(data)
+        cdef q2_status st
+        self.count.metadata_writes += 1
+        with nogil:
+            st = poison_unless_full(self, self.file.write_at(Q2_SITE_BITMAP_WRITE, src, n, off,
+                                                             WRITE_DEFERRED))
+        check_status(st, self.name)
+
+    def _barrier(self):
+        """What was written to the file is durable."""
+        cdef q2_status st
+        self.count.barriers += 1
+        with nogil:
+            st = poison_unless_full(self, self.file.sync(Q2_SITE_BARRIER))
         check_status(st, self.name)
 
     def _l1_entries_for(self, nbytes):

@@ -14,6 +14,7 @@ from qcow2x._core.cache cimport q2_cache
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
+from qcow2x._core.marks cimport marks_set, q2_marks
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.storage cimport Storage
 from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t
@@ -84,6 +85,13 @@ cdef class ImageState(Storage):
     cdef uint64_t epoch
     cdef bint frozen                # writers wait outside: a snapshot is being made
 
+    # Persistent bitmaps; exchanged while writers are frozen.
+    cdef q2_marks marks             # changed since the bitmaps were last stored
+    cdef object tracker             # keeps the array of `marks` alive
+    cdef uint8_t *awake_dir         # the bitmap directory with tracked bitmaps marked in use
+    cdef uint64_t awake_dir_bytes
+    cdef uint64_t awake_dir_off
+
     # Atomic.
     cdef uint64_t active[2]         # requests that entered during an epoch of this parity
     cdef uint64_t writers           # writing requests under way
@@ -93,6 +101,8 @@ cdef class ImageState(Storage):
     cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
     cdef uint64_t table_seq         # the same after the last L2 table written
     cdef uint64_t closed            # 1 from close() on; set under meta, exclusive
+    cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
+                                    # anything is written; cleared under meta, exclusive
     cdef uint64_t guard_hit         # 1 after a write was refused because it would hit a table
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far
@@ -128,10 +138,24 @@ cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil
 cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil
 
 # The same for a request that writes. enter_write, with meta held, answers Q2_BUSY while the image is
-# frozen; begin_write_request waits until it is not.
+# frozen or its bitmaps are not marked in use yet: note the turn, let go of meta, wait_at_gate, again.
+# begin_write_request does all that.
 cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil
 cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil
+cdef q2_status wait_at_gate(ImageState img, uint64_t turn) noexcept nogil
 cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil
+
+# Inside a writing request: what it changed, for the bitmaps. Inside the disk only: what a resize
+# clears past its end is not a change.
+cdef inline void note_change(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil:
+    cdef uint64_t end
+    if img.marks.word is not NULL:
+        end = guest_off + nbytes if guest_off + nbytes < img.disk_size else img.disk_size
+        if guest_off < end:
+            marks_set(&img.marks, guest_off, end)
+
+# No lock held. Bitmaps that are valid on disk are marked in use, durably.
+cdef q2_status wake_bitmaps(ImageState img) noexcept nogil
 
 # No lock held. freeze returns when no write is under way and lets none begin before thaw. Reads go
 # on. One thread at a time (Image serialises what freezes).

@@ -7,6 +7,7 @@ from posix.time cimport nanosleep, timespec
 from qcow2x._core.cache cimport cache_free
 from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
 
 
@@ -18,6 +19,8 @@ cdef class ImageState(Storage):
         self.l1_dirty = NULL
         self.rt = NULL
         self.inflight = NULL
+        self.marks.word = NULL
+        self.awake_dir = NULL
         pthread_mutex_init(&self.commit, NULL)
         pthread_mutex_init(&self.room, NULL)
         pthread_cond_init(&self.room_cond, NULL)
@@ -38,6 +41,7 @@ cdef class ImageState(Storage):
         free(self.dropped.run)
         free(self.limbo[0].run)
         free(self.limbo[1].run)
+        free(self.awake_dir)
         if self.locks_ready:
             pthread_rwlock_destroy(&self.meta)
             pthread_cond_destroy(&self.room_cond)
@@ -67,7 +71,7 @@ cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil:
 
 cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil:
     cdef q2_status st
-    if img.frozen:
+    if img.frozen or q2_load(&img.asleep):
         return Q2_BUSY
     st = enter_request(img, parity)
     if st == Q2_OK:
@@ -84,9 +88,45 @@ cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept no
         if st == Q2_BUSY:
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
-        if st != Q2_BUSY:
-            return st
-        room_wait(img, turn)
+        if st == Q2_BUSY:
+            st = wait_at_gate(img, turn)
+            if st == Q2_OK:
+                continue
+        return st
+
+
+cdef q2_status wait_at_gate(ImageState img, uint64_t turn) noexcept nogil:
+    cdef q2_status st = wake_bitmaps(img)
+    if st != Q2_OK:
+        q2_sub(&img.room_waiters, 1)
+        return st
+    room_wait(img, turn)
+    return Q2_OK
+
+
+cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
+    cdef q2_status st = Q2_OK
+    if not q2_load(&img.asleep):
+        return Q2_OK
+    pthread_mutex_lock(&img.commit)
+    if q2_load(&img.asleep):
+        # In place: whichever sectors of it get to the disk, each bitmap is either in use or, as
+        # nothing was written since, still right.
+        st = img.file.write_at(Q2_SITE_BITMAP_WRITE, img.awake_dir, img.awake_dir_bytes,
+                               img.awake_dir_off, WRITE_DEFERRED)
+        if st == Q2_OK:
+            img.count.metadata_writes += 1
+            img.count.barriers += 1
+            # Edge: marked in use before anything is written that would make it wrong.
+            st = img.file.sync(Q2_SITE_BARRIER)
+        st = poison_unless_full(img, st)
+        if st == Q2_OK:
+            pthread_rwlock_wrlock(&img.meta)
+            q2_store(&img.asleep, 0)
+            pthread_rwlock_unlock(&img.meta)
+    pthread_mutex_unlock(&img.commit)
+    room_wake(img)
+    return st
 
 
 cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil:

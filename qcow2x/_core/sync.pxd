@@ -6,6 +6,7 @@ cdef extern from "qcow2x/atomics.h" nogil:
     void q2_store(uint64_t *p, uint64_t v)
     uint64_t q2_add(uint64_t *p, uint64_t v)
     uint64_t q2_sub(uint64_t *p, uint64_t v)
+    void q2_set_bits(uint64_t *p, uint64_t bits)
     void q2_raise_to(uint64_t *p, uint64_t v)
     void q2_touch(uint8_t *p)
     void q2_count(uint64_t *p)

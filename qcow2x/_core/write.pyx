@@ -333,8 +333,9 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
         if st == Q2_BUSY:
-            room_wait(img, turn)
-            continue
+            st = wait_at_gate(img, turn)
+            if st == Q2_OK:
+                continue
         if st != Q2_MISS:
             break
         st = load_slice(img, miss)
@@ -364,7 +365,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
     cdef const uint8_t *data = <const uint8_t *>buf
     cdef bint durable = fua or img.durable
     cdef uint32_t flags = WRITE_FUA if durable else 0
-    cdef uint64_t left = nbytes, done
+    cdef uint64_t left = nbytes, start = guest_off, done
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef q2_status st = may_write(img)
@@ -376,6 +377,8 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         guest_off += done
         left -= done
     if entered:
+        # Also after a failure: any part may have been written.
+        note_change(img, start, nbytes)
         leave_write(img, parity)
     if st == Q2_OK and durable:
         st = flush_if_metadata_changed(img)
@@ -515,5 +518,6 @@ cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t str
         st = img.file.write_at(Q2_SITE_COMPRESSED_WRITE, stream, stream_bytes, w.host_off,
                                WRITE_DEFERRED)
         st = finish_encoded(img, &w, stream_bytes, st)
+    note_change(img, guest_off, img.geo.cluster_size)
     leave_write(img, parity)
     return st

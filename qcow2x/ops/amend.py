@@ -39,7 +39,7 @@ def amend(
     ``compat`` ``"1.1"`` or ``"0.10"``. Going down turns zero flags into unmapped clusters or written
     zeros first, and is refused with UnsupportedFeature for what version 2 cannot say: extended L2
     entries, zstd, an external data file, lazy refcounts, refcounts of another width than 16 bits
-    (unless changed in the same call), zero clusters inside internal snapshots.
+    (unless changed in the same call), persistent bitmaps, zero clusters inside internal snapshots.
     ``refcount_bits`` 1 to 64, a power of two; refused if a refcount does not fit, done in a way that a
     cut of power leaves the old or the new refcounts.
     ``lazy_refcounts`` sets or clears the feature bit (refcounts are kept exact in any case).
@@ -140,6 +140,7 @@ def _refuse_for_version_2(image: Image, order: int, lazy: bool) -> None:
             (header.has_data_file, "external data file"),
             (order != 4, f"{1 << order}-bit refcounts"),
             (lazy, "lazy refcounts"),
+            (header.bitmap_directory is not None, "persistent bitmaps"),
             (_zeros_in_snapshots(image), "zero clusters in internal snapshots"),
         )
         if holds
