@@ -395,6 +395,10 @@ class Image(CoreImage):
         if repair is not None and not dry_run and not self.writable:
             raise PermissionError(f"{self.name}: repair needs an image opened with mode 'r+'")
         with self._exclusive:
+            mends = repair is not None and not dry_run
+            if mends and self._bitmaps.entries:
+                with _bitmap.frozen(self):
+                    _bitmap.store(self)
             self.flush()
             # What the last flush set free lowers refcounts in memory; a second one writes them.
             self.flush()
@@ -408,9 +412,12 @@ class Image(CoreImage):
                     progress=progress,
                 )
             finally:
-                if repair is not None and not dry_run:
-                    self._reload(self._reread_header())
+                if mends:
+                    header = self._reread_header()
+                    self._reload(header)
+                    self._header.extensions = header.extensions
                     _snapshot.guard_tables(self, self._guard_all)
+                    _bitmap.begin(self)
 
     def _reread_header(self) -> Header:
         return _load_header(self._file)

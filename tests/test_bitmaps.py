@@ -478,6 +478,19 @@ def test_what_a_snapshot_brings_back_is_dirty(tmp_path: Path) -> None:
     check_clean(path)
 
 
+def test_bitmaps_go_on_after_a_repair_of_the_open_image(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, MiB)
+    with qcow2x.open(path, "r+") as image:
+        image.bitmaps.add("b")
+        image.pwrite(b"x", 0)
+        image._reserve(128 * KiB)  # clusters that nothing uses: leaked
+        assert image.check(repair="leaks").leaks_fixed == 2
+        image.pwrite(b"x", 512 * KiB)
+    check_clean(path)
+    assert dirty_in_qemu(path, "b") == [(0, 64 * KiB), (512 * KiB, 64 * KiB)]
+
+
 def test_amend_keeps_bitmaps_and_refuses_to_lose_them(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qcow2x.create(path, MiB)
