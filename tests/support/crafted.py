@@ -1,8 +1,9 @@
 """Images made by hand, byte by byte, and guards around what looks at them."""
 
-from __future__ import importlib
+from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import os
 import struct
