@@ -93,6 +93,7 @@ cdef struct q2_census:
     uint64_t n_findings
     uint64_t max_findings
     uint64_t corruptions
+    uint64_t wrong_flags     # of these, COPIED flags that do not match a refcount
     uint64_t leaks
     uint64_t check_errors
     # Something was found that may hide references, so a refcount that looks too high may not be.

@@ -403,6 +403,11 @@ cdef class Checker:
         return bool(self.c.refs_hidden)
 
     @property
+    def wrong_flags(self):
+        """How many of the corruptions are COPIED flags that do not match their refcount."""
+        return self.c.wrong_flags
+
+    @property
     def refs_uncertain(self):
         """That, or refcounts that cannot be trusted themselves."""
         return bool(self.c.refs_uncertain)

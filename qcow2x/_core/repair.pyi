@@ -21,6 +21,7 @@ class EntryFixer:
     def fix(self) -> None: ...
 
 class RefcountFixer(Checker):
+    flags_set: int
     def fix(
         self,
         write: Callable[[int, bytes, int], object],

@@ -193,6 +193,7 @@ cdef class RefcountFixer(Checker):
     cdef bint up
     cdef bint down
     cdef bint flags
+    cdef readonly uint64_t flags_set     # COPIED flags that were changed
 
     def fix(self, write, bint up, bint down, bint flags, keep_out):
         self.write = write
@@ -225,15 +226,15 @@ cdef class RefcountFixer(Checker):
         return 0
 
     cdef int settle_flags(self) except -1:
-        cdef uint64_t i, part, at = 0
+        cdef uint64_t i, n_set, part, at = 0
         cdef uint64_t cluster_size = self.c.g.cluster_size
         cdef uint64_t host_off = self.header.fields.l1_offset
         cdef uint64_t n = self.header.fields.l1_size
         while at < n:
             part = min(n - at, self.buf_bytes // 8)
-            if (self.read(self.buf, part * 8, host_off + at * 8)
-                    and set_flags_l1(&self.c, self.buf, part)):
-                self.put(STEP_ENTRIES, part * 8, host_off + at * 8)
+            if self.read(self.buf, part * 8, host_off + at * 8):
+                n_set = set_flags_l1(&self.c, self.buf, part)
+                self.put_flags(n_set, part * 8, host_off + at * 8)
             at += part
         for i in range(self.c.n_l2_refs):
             host_off = self.c.l2_refs[i].host_off
@@ -241,10 +242,14 @@ cdef class RefcountFixer(Checker):
                 continue
             if host_off & (cluster_size - 1) or not self.read(self.buf, cluster_size, host_off):
                 continue
-            if set_flags_l2(&self.c, self.buf):
-                self.put(STEP_ENTRIES, cluster_size, host_off)
+            n_set = set_flags_l2(&self.c, self.buf)
+            self.put_flags(n_set, cluster_size, host_off)
             self.report(False)
         return 0
+
+    cdef int put_flags(self, uint64_t n_set, uint64_t nbytes, uint64_t host_off) except -1:
+        self.flags_set += n_set
+        return self.put(STEP_ENTRIES, nbytes, host_off) if n_set else 0
 
     cdef int put(self, int step, uint64_t nbytes, uint64_t host_off) except -1:
         self.write(step, PyBytes_FromStringAndSize(<const char *>self.buf, nbytes), host_off)
@@ -261,9 +266,9 @@ cdef inline uint64_t with_flag(const q2_census *c, uint64_t entry, uint64_t host
     return entry & ~Q2_OFLAG_COPIED
 
 
-cdef bint set_flags_l1(const q2_census *c, uint8_t *table, uint64_t n) noexcept:
-    cdef uint64_t i, entry, better
-    cdef bint changed = False
+# How many flags of a table of n entries were changed.
+cdef uint64_t set_flags_l1(const q2_census *c, uint8_t *table, uint64_t n) noexcept:
+    cdef uint64_t i, entry, better, n_set = 0
     for i in range(n):
         entry = q2_load_be64(table + 8 * i)
         if entry & Q2_L1E_OFFSET_MASK == 0:
@@ -271,13 +276,12 @@ cdef bint set_flags_l1(const q2_census *c, uint8_t *table, uint64_t n) noexcept:
         better = with_flag(c, entry, entry & Q2_L1E_OFFSET_MASK)
         if better != entry:
             q2_store_be64(table + 8 * i, better)
-            changed = True
-    return changed
+            n_set += 1
+    return n_set
 
 
-cdef bint set_flags_l2(const q2_census *c, uint8_t *table) noexcept:
-    cdef uint64_t i, better
-    cdef bint changed = False
+cdef uint64_t set_flags_l2(const q2_census *c, uint8_t *table) noexcept:
+    cdef uint64_t i, better, n_set = 0
     cdef uint8_t *at
     cdef q2_l2e e
     for i in range(c.g.l2_entries):
@@ -292,5 +296,5 @@ cdef bint set_flags_l2(const q2_census *c, uint8_t *table) noexcept:
             better = with_flag(c, e.entry, e.entry & Q2_L2E_OFFSET_MASK)
         if better != e.entry:
             q2_store_be64(at, better)
-            changed = True
-    return changed
+            n_set += 1
+    return n_set

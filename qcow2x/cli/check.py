@@ -1,23 +1,35 @@
-"""``qcow2x check``: look for corruption and leaked clusters; repair leaks."""
+"""``qcow2x check``: look for corruption and leaked clusters, repair them, undo a repair."""
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.options import FORMAT, OUTPUT, QUIET, SHARE, Option, UsageError, one_file, parse
 from qcow2x.cli.options import output_format as read_output_format
 from qcow2x.cli.text import json_text
 
+if TYPE_CHECKING:
+    from qcow2x.cli.options import Parsed
+
 OPTIONS = (
     QUIET,
     FORMAT,
     OUTPUT,
-    Option("r", "repair", "WHAT", "repair: 'leaks', or 'all' (today the same)"),
+    Option("r", "repair", "WHAT", "repair: 'leaks', or 'all' that can be repaired"),
+    Option("", "dry-run", None, "with -r: say what would be done, change nothing"),
+    Option("", "journal", "FILE", "with -r: where the old bytes go (-r all: FILE.qcow2x-undo)"),
+    Option("", "no-journal", None, "with -r all: keep no old bytes"),
+    Option("", "undo", "JOURNAL", "put the old bytes back that a repair has kept"),
+    Option("", "force", None, "with --undo: even if the image was written to since"),
     Option("T", "src-cache", "MODE", "cache mode for reading the image"),
     SHARE,
 )
-USAGE = "[-q] [-f FMT] [--output=human|json] [-r leaks|all] [-T MODE] [-U] FILE"
+USAGE = (
+    "[-q] [-f FMT] [--output=human|json] [-r leaks|all [--dry-run] [--journal FILE|--no-journal]] "
+    "[--undo JOURNAL [--force]] [-T MODE] [-U] FILE"
+)
 
 EXIT_CORRUPT = 2
 EXIT_LEAKS = 3
@@ -25,7 +37,8 @@ EXIT_NOT_SUPPORTED = 63
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.ops.disk import open_disk, probe_format
+    from qcow2x.ops.check import check
+    from qcow2x.ops.disk import probe_format
 
     parsed = parse("check", USAGE, OPTIONS, argv)
     style = read_output_format(parsed)
@@ -33,25 +46,31 @@ def main(argv: list[str]) -> int:
     if repair not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {repair}")
     path = one_file(parsed)
+    if parsed.value("undo") is not None:
+        return _undo(parsed, path)
+    if repair is None and (parsed.flag("dry-run") or parsed.value("journal") is not None):
+        raise UsageError("--dry-run and --journal go with -r")
     format = parsed.value("format") or probe_format(path)
-    if format == "raw":
+    if format != "qcow2":
         print("qcow2x: This image format does not support checks", file=sys.stderr)
         return EXIT_NOT_SUPPORTED
-    image, _ = open_disk(
+    dry_run = parsed.flag("dry-run")
+    journal = None if dry_run else _journal(parsed, path)
+    result = check(
         path,
-        format,
-        mode="r+" if repair else "r",
+        repair=repair,
+        dry_run=dry_run,
+        journal=journal,
         cache=parsed.value("src-cache", "writeback") or "",
-        backing=False,
         lock=not parsed.flag("force-share"),
     )
-    try:
-        # 'all' repairs what can be repaired: leaks. Corruption that is left shows in the result.
-        result = image.check(repair="leaks" if repair else None)
-    finally:
-        image.close()
-    for finding in result.findings:
-        print(finding.message, file=sys.stderr)
+    _print_findings(result, repair is not None)
+    if journal is not None and os.path.exists(journal):
+        print(
+            f"qcow2x: what the repair has changed is kept in {journal}; to undo it: "
+            f"qcow2x check --undo {journal} {path}",
+            file=sys.stderr,
+        )
     if style == "json":
         print(json_text(_members(path, format, result)))
     elif not parsed.flag("quiet"):
@@ -61,6 +80,42 @@ def main(argv: list[str]) -> int:
     if result.corruptions:
         return EXIT_CORRUPT
     return EXIT_LEAKS if result.leaks else 0
+
+
+def _journal(parsed: Parsed, path: str) -> str | None:
+    from qcow2x.ops.undo import default_journal
+
+    named = parsed.value("journal")
+    if named is not None or parsed.value("repair") != "all" or parsed.flag("no-journal"):
+        return named
+    return default_journal(path)
+
+
+def _undo(parsed: Parsed, path: str) -> int:
+    from qcow2x.ops.undo import undo_repair
+
+    if parsed.value("repair") is not None:
+        raise UsageError("--undo and -r exclude each other")
+    done = undo_repair(
+        path,
+        parsed.value("undo") or "",
+        force=parsed.flag("force"),
+        lock=not parsed.flag("force-share"),
+    )
+    if not parsed.flag("quiet"):
+        print("The image is what it was." if done else "The repair never began: nothing to undo.")
+    return 0
+
+
+def _print_findings(result: Any, repairing: bool) -> None:
+    for finding in result.findings:
+        told = f"{finding.message} (offset {finding.offset:#x}"
+        if finding.guest_offset is not None:
+            told += f", guest offset {finding.guest_offset:#x}"
+        told += ")"
+        if repairing and finding.action is not None:
+            told += f": {finding.action}"
+        print(told, file=sys.stderr)
 
 
 def _members(path: str, format: str, result: Any) -> dict[str, Any]:

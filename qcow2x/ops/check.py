@@ -102,7 +102,7 @@ def check_storage(
         after = plan.make()
         if not dry_run and plan.overlay.changed:
             plan.carry_out(journal)
-        return _outcome(before, after, dry_run)
+        return plan.outcome(before, after, dry_run)
     finally:
         plan.overlay.close()
 
@@ -128,7 +128,7 @@ def rebuild_refcounts(storage: Storage, header: Header) -> CheckResult:
             exc.path = storage.name
             raise exc
         plan.carry_out(None)
-        return _outcome(looked.result(), after, False)
+        return plan.outcome(looked.result(), after, False)
     finally:
         plan.overlay.close()
 
@@ -181,6 +181,7 @@ class _Repair:
         self._progress = progress
         # What lies where something else lies is made anew even if that moves away: until it has, the
         # place must not be written to.
+        self._flags_wrong = looked.wrong_flags
         self._spoiled = [i for i, (_, good) in enumerate(looked.refcount_table()) if not good]
         self._rt_spoiled = looked.rt_shared
         self._space = Space(self.overlay, storage, header.cluster_size, looked.end_of_use)
@@ -203,7 +204,10 @@ class _Repair:
             self._scope != "leaks" or not found.corruptions,
             self._looked.shared_l2,
         )
-        verified = Checker(self._view, self._header, self._progress, "verify").check().result()
+        self._flags_set = fixer.flags_set
+        looked = Checker(self._view, self._header, self._progress, "verify").check()
+        self._flags_left = looked.wrong_flags
+        verified = looked.result()
         if self._scope != "leaks" and not verified.corruptions and not verified.check_errors:
             self._mender().mark_sound()
         return verified
@@ -218,6 +222,29 @@ class _Repair:
         finally:
             if kept is not None:
                 kept.close()
+
+    def outcome(self, before: CheckResult, after: CheckResult, dry_run: bool) -> CheckResult:
+        """What is left, and the findings of the first look with what became of each."""
+        left = {_key(found) for found in after.findings}
+        findings: list[Finding] = []
+        for found in before.findings:
+            if _key(found) in left:
+                findings.append(replace(found, action=None))
+            else:
+                findings.append(replace(found, fixed=not dry_run))
+        known = {_key(found) for found in before.findings}
+        findings.extend(_without_action(f for f in after.findings if _key(f) not in known))
+        if dry_run:
+            return replace(before, findings=findings[: CheckResult.MAX_FINDINGS])
+        # As QEMU counts: flags that were changed, which may be other ones than those that did not
+        # match the refcounts as they were.
+        fixed = before.corruptions - self._flags_wrong - (after.corruptions - self._flags_left)
+        return replace(
+            after,
+            corruptions_fixed=max(0, fixed + self._flags_set),
+            leaks_fixed=max(0, before.leaks - after.leaks),
+            findings=findings[: CheckResult.MAX_FINDINGS],
+        )
 
     def _mender(self) -> Mender:
         return Mender(self.overlay, self._header, self._space)
@@ -252,27 +279,6 @@ class _Repair:
         if spoiled or rt_spoiled or looked.missing_blocks:
             self._mender().place_refcounts(looked, spoiled, rt_spoiled)
             self._header = load_header(self._view)
-
-
-def _outcome(before: CheckResult, after: CheckResult, dry_run: bool) -> CheckResult:
-    """What is left, and the findings of the first look with what became of each."""
-    left = {_key(found) for found in after.findings}
-    findings: list[Finding] = []
-    for found in before.findings:
-        if _key(found) in left:
-            findings.append(replace(found, action=None))
-        else:
-            findings.append(replace(found, fixed=not dry_run))
-    known = {_key(found) for found in before.findings}
-    findings.extend(_without_action(f for f in after.findings if _key(f) not in known))
-    if dry_run:
-        return replace(before, findings=findings[: CheckResult.MAX_FINDINGS])
-    return replace(
-        after,
-        corruptions_fixed=max(0, before.corruptions - after.corruptions),
-        leaks_fixed=max(0, before.leaks - after.leaks),
-        findings=findings[: CheckResult.MAX_FINDINGS],
-    )
 
 
 def _without_action(findings: Iterable[Finding]) -> Iterable[Finding]:
