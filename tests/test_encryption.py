@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import subprocess
+import sys
 import threading
 from array import array
 
@@ -621,6 +622,29 @@ def test_describe_says_what_qemu_says(tmp_path):
         assert (slot.active, slot.key_offset) == (theirs["active"], theirs["key-offset"])
         if slot.active:
             assert (slot.iterations, slot.stripes) == (theirs["iters"], theirs["stripes"])
+
+
+@pytest.mark.parametrize("name", ["aes-192", "cbc-essiv", "legacy", "serpent"])
+def test_info_needs_no_key_and_tells_what_qemu_tells(tmp_path, name):
+    path = tmp_path / "disk.qcow2"
+    known = {"legacy": {}, "serpent": {"cipher-alg": "serpent-256"}, **CIPHERS}
+    qemu_create(path, MiB, fmt="aes" if name == "legacy" else "luks", **known[name])
+    ours = run(sys.executable, "-m", "qcow2x", "info", path)
+    theirs = run("qemu-img", "info", path)
+
+    def encrypt_part(text):
+        lines = text.splitlines()
+        start = lines.index("    encrypt:")
+        return list(itertools.takewhile(lambda line: "corrupt:" not in line, lines[start:]))
+
+    if name == "serpent":
+        assert encrypt_part(ours) == ["    encrypt:", "        format: luks"]
+        return
+    assert encrypt_part(ours) == encrypt_part(theirs)
+    assert "encrypted: yes" in ours.splitlines()
+    as_json = json.loads(run(sys.executable, "-m", "qcow2x", "info", "--output=json", path))
+    told = json.loads(run("qemu-img", "info", "--output=json", path))
+    assert as_json["format-specific"] == told["format-specific"]
 
 
 # --- hostile and unknown headers -----------------------------------------------------------

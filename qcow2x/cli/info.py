@@ -57,11 +57,13 @@ def describe(path: str, format: str | None) -> dict[str, Any]:
         if format not in ("qcow2", "raw"):
             raise ValueError(f"Could not open '{path}': Unknown driver '{format}'")
         file_size = storage.size()
-        header = None
+        header = encryption = None
         if format == "qcow2":
             from qcow2x._core.header import Header
 
             header = Header.load(storage.pread, file_size, path)
+            if header.encryption:
+                encryption = _encryption(storage, header)
     status = os.stat(path)
     actual_size = status.st_blocks * 512
     protocol = "host_device" if stat.S_ISBLK(status.st_mode) else "file"
@@ -82,7 +84,7 @@ def describe(path: str, format: str | None) -> dict[str, Any]:
     info["cluster-size"] = header.cluster_size
     info["format"] = "qcow2"
     info["actual-size"] = actual_size
-    info["format-specific"] = {"type": "qcow2", "data": _specific(header)}
+    info["format-specific"] = {"type": "qcow2", "data": _specific(header, encryption)}
     if header.backing_file:
         info["full-backing-filename"] = _resolve(path, header.backing_file)
     if header.encryption:
@@ -108,7 +110,38 @@ def _file_node(path: str, protocol: str, size: int, actual_size: int) -> dict[st
     }
 
 
-def _specific(header: Any) -> dict[str, Any]:
+def _encryption(storage: Any, header: Any) -> dict[str, Any]:
+    if header.encryption != "luks":
+        return {"format": header.encryption}
+    from qcow2x.encryption import describe
+    from qcow2x.errors import FormatError
+
+    try:
+        luks = describe(storage, header)
+    except FormatError:
+        # A cipher that is not known here, or damage: all else can still be told.
+        return {"format": "luks"}
+    told: dict[str, Any] = {
+        "ivgen-alg": luks.ivgen,
+        "hash-alg": luks.hash,
+        "cipher-alg": luks.cipher,
+        "uuid": luks.uuid,
+    }
+    if luks.ivgen_hash is not None:
+        told["ivgen-hash-alg"] = luks.ivgen_hash
+    told.update({"format": "luks", "cipher-mode": luks.mode})
+    told["slots"] = [
+        {"active": True, "iters": s.iterations, "key-offset": s.key_offset, "stripes": s.stripes}
+        if s.active
+        else {"active": False, "key-offset": s.key_offset}
+        for s in luks.slots
+    ]
+    told["payload-offset"] = luks.payload_offset
+    told["master-key-iters"] = luks.master_key_iterations
+    return told
+
+
+def _specific(header: Any, encryption: dict[str, Any] | None) -> dict[str, Any]:
     is_v3 = header.version >= 3
     data: dict[str, Any] = {"compat": header.compat, "compression-type": header.compression_type}
     if is_v3:
@@ -116,8 +149,8 @@ def _specific(header: Any) -> dict[str, Any]:
     data["refcount-bits"] = header.refcount_bits
     if header.has_data_file and header.data_file:
         data["data-file"] = header.data_file
-    if header.encryption:
-        data["encrypt"] = {"format": header.encryption}
+    if encryption is not None:
+        data["encrypt"] = encryption
     if header.has_data_file:
         data["data-file-raw"] = header.data_file_raw
     if is_v3:
@@ -169,6 +202,8 @@ def _human_members(members: dict[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in members.items():
         label = indent + name.replace("-", " ")
+        if isinstance(value, list):
+            value = {f"[{number}]": item for number, item in enumerate(value)}
         if isinstance(value, dict):
             lines += [f"{label}:", *_human_members(value, indent + "    ")]
         else:
