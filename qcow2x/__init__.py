@@ -19,6 +19,8 @@ from qcow2x._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qcow2x._include import get_include as get_include
+    from qcow2x.bitmap import Bitmap as Bitmap
+    from qcow2x.bitmap import BitmapExtent as BitmapExtent
     from qcow2x.encryption import Encryption as Encryption
     from qcow2x.errors import (
         Cancelled as Cancelled,
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
     )
     from qcow2x.ops.amend import amend as amend
     from qcow2x.ops.check import check as check
+    from qcow2x.ops.checkpoint import checkpoint as checkpoint
+    from qcow2x.ops.checkpoint import settle_checkpoints as settle_checkpoints
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "qcow2x._include": ("get_include",),
+    "qcow2x.bitmap": ("Bitmap", "BitmapExtent"),
     "qcow2x.encryption": ("Encryption",),
     "qcow2x.errors": (
         "Cancelled",
@@ -111,6 +116,7 @@ _HOME = {
     "qcow2x.inspection": ("Inspection", "Inspector", "inspect"),
     "qcow2x.ops.amend": ("amend",),
     "qcow2x.ops.check": ("check",),
+    "qcow2x.ops.checkpoint": ("checkpoint", "settle_checkpoints"),
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),

@@ -560,7 +560,8 @@ class Bitmaps(Mapping[str, Bitmap]):
     Looking one up counts its bits; names alone cost nothing. What changes the bitmaps needs mode
     ``"r+"``; writers wait meanwhile, readers do not. Each change is durable at return, with the bits
     that were set by then, and whole or not there after a cut of power. Names are up to 1023 bytes of
-    UTF-8. An inconsistent bitmap raises CorruptImage from all but ``remove``. Any number of threads.
+    UTF-8; those that begin with ``.qcow2x-checkpoint:`` belong to a checkpoint of several images that
+    a crash interrupted (:func:`qcow2x.settle_checkpoints`). An inconsistent bitmap raises CorruptImage from all but ``remove``. Any number of threads.
     """
 
     def __init__(self, image: Image) -> None:
