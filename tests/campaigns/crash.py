@@ -10,14 +10,13 @@ import argparse
 import collections
 import json
 import random
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from support.qemu import qemu_check
 
 from campaigns.workloads import WORKLOADS, Corrupt, Files, Lost
 
@@ -85,9 +84,16 @@ def _ask_qemu(folder: Path, files: Files) -> None:
         (folder / name).write_bytes(data)
     for name in files:
         if name.endswith(".qcow2"):
-            found = qemu_check(folder / name)
-            if found.get("corruptions") or found["check-errors"]:
-                raise Corrupt(f"qemu-img check: {found}")
+            # A data file's name counts from the working folder.
+            said = subprocess.run(
+                ["qemu-img", "check", "--output=json", name],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+            )
+            # 0: clean, 3: clusters leaked, and nothing worse.
+            if said.returncode not in (0, 3):
+                raise Corrupt(f"qemu-img check: {said.stderr or said.stdout}")
 
 
 def search(

@@ -4,6 +4,7 @@ returns how to tell whether a cut of power left what must be left."""
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,7 +184,11 @@ def external_data_file(rng: random.Random) -> Case:
     shape = rng.choice(("512", "4096-zstd", "extended-l2"))
     options = {k: v for k, v in SHAPES[shape].items() if k != "compression_type"}
     start = _file(b"")
-    qcow2x.create(start, SIZE, data_file="data.raw", **options)
+    with tempfile.TemporaryDirectory() as folder:
+        # Making an image makes its data file; only the name is kept.
+        qcow2x.create(start, SIZE, data_file=f"{folder}/data.raw", **options)
+    with qcow2x.open(start, "r+", data_file=_file(bytes(SIZE))) as image:
+        qcow2x.amend(image, data_file="data.raw")
     machine = Machine()
     file, bytes_of_disk = machine.file(bytes(start.data)), machine.file()
     cache = rng.choice(CACHES)
