@@ -12,6 +12,7 @@ from qcow2x.cli.formatopts import (
     join_option_lists,
     wants_help,
 )
+from qcow2x.cli.objects import read_objects
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
     OBJECT,
@@ -56,8 +57,9 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"Unexpected argument: {parsed.args[2]}")
     secrets = read_objects(parsed.values("object"))
     try:
-        options = _read(path, format, lists, size, parsed.value("backing"),
-                        parsed.value("backing-format"))
+        options = _read(
+            path, format, lists, size, parsed.value("backing"), parsed.value("backing-format")
+        )
         _check_backing(path, options, unsafe=parsed.flag("backing-unsafe"))
         detached = format == "luks" and options.flag("detached-header")
         if options.number("size") is None and not detached:
@@ -147,9 +149,7 @@ def _check_backing(path: str, options: FormatOptions, *, unsafe: bool) -> None:
     from qcow2x.drivers.naming import full_backing_name
 
     try:
-        node = open_node(
-            full_backing_name(path, name), format=format, io=False, force_share=True
-        )
+        node = open_node(full_backing_name(path, name), format=format, io=False, force_share=True)
     except Exception as exc:
         more = f"{hint(exc)}\nCould not open backing image.".lstrip()
         raise CommandError(reason(exc), hint=more) from exc
@@ -163,9 +163,7 @@ def _check_backing(path: str, options: FormatOptions, *, unsafe: bool) -> None:
 # ---- Making it -----------------------------------------------------------------------------------
 
 
-def create_image(
-    path: str, format: str, options: FormatOptions, secrets: dict[str, bytes]
-) -> None:
+def create_image(path: str, format: str, options: FormatOptions, secrets: dict[str, bytes]) -> None:
     """Makes the image. Raises CommandError in QEMU's words, or what the library raises."""
     from qcow2x.ops.create import DiskTooLarge
 
@@ -198,9 +196,7 @@ def create_image(
             newfile.create_raw(target, size, preallocation=mode, **hints)
     except DiskTooLarge as exc:
         hint = " (try using a larger cluster size)" if options.number("cluster_size") else ""
-        raise CommandError(
-            f"The image size is too large for file format '{format}'{hint}"
-        ) from exc
+        raise CommandError(f"The image size is too large for file format '{format}'{hint}") from exc
 
 
 _COMPAT = {"0.10": "0.10", "1.1": "1.1", "v2": "0.10", "v3": "1.1"}
@@ -236,9 +232,7 @@ def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[s
     return arguments
 
 
-def _encryption(
-    format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]
-) -> Any:
+def _encryption(format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]) -> Any:
     from qcow2x.encryption import Encryption
 
     if format == "qcow":
@@ -271,9 +265,3 @@ def _preallocation(options: FormatOptions) -> str:
     if mode not in ("off", "metadata", "falloc", "full"):
         raise CommandError(f"Parameter 'preallocation' does not accept value '{mode}'")
     return mode
-
-
-def read_objects(texts: list[str]) -> dict[str, bytes]:
-    from qcow2x.cli.objects import secrets_of
-
-    return secrets_of(texts)

@@ -235,9 +235,7 @@ def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
 
 
 def _needs_version_3(what: str, kind: str = "and") -> ValueError:
-    return ValueError(
-        f"{what} compatibility level 1.1 {kind} above (use version=v3 or greater)"
-    )
+    return ValueError(f"{what} compatibility level 1.1 {kind} above (use version=v3 or greater)")
 
 
 def _cluster_bits(cluster_size: int, extended_l2: bool) -> int:
@@ -398,7 +396,7 @@ _FSXATTR = struct.Struct("@III16s")
 
 
 @contextmanager
-def open_target(path: Source, hints: Hints = Hints()) -> Iterator[Storage]:
+def open_target(path: Source, hints: Hints) -> Iterator[Storage]:
     """The storage to write to; a file that this made is removed if the body fails."""
     if not _is_path(path):
         from qcow2x.storage import open_storage
