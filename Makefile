@@ -1,7 +1,7 @@
 # make demo     see it work on a real disk        make test    install, build, run every test
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
-# make crash SECONDS=600                           cuts of power, as many as fit into the time
+# make crash SECONDS=600                           every call fails once; then cuts of power
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
@@ -35,7 +35,7 @@ test: $(VENV)/.installed
 
 crash: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
-	cd tests && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
+	cd tests && $(BIN)/python -m campaigns.faults && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
 
 # Compiled before it is linked, so that the compiler's warnings are seen.
 build: $(VENV)/.ready
