@@ -1,6 +1,7 @@
 # make demo     see it work on a real disk        make test    install, build, run every test
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
+# make crash SECONDS=600                           every call fails once; then cuts of power
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
 #
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test iotests build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test iotests crash build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -38,6 +39,10 @@ test: $(VENV)/.installed
 iotests: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
 	$(BIN)/python tests/iotests/run.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
+
+crash: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py test
+	cd tests && $(BIN)/python -m campaigns.faults && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
 
 # Compiled before it is linked, so that the compiler's warnings are seen.
 build: $(VENV)/.ready

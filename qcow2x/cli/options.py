@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from qcow2x.cli.getopt_long import OptionError, getopt_long
 from qcow2x.cli.report import CommandError, program
-
-_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_SIZE = re.compile(r"(?:0x([0-9a-f]+)|(\d+)(\.\d*)?([bkmgtpe]?))", re.IGNORECASE)
-_MAX_SIZE = (1 << 63) - 1
+from qcow2x.sizes import MAX_SIZE as MAX_SIZE
+from qcow2x.sizes import parse_size as parse_size
 
 
 class UsageError(CommandError):
@@ -98,34 +95,17 @@ def _help(command: str, usage: str, options: Sequence[Option]) -> str:
     return "\n".join([f"usage: {program()} {command} {usage}", "", "options:", *rows])
 
 
-def parse_size(text: str) -> int | None:
-    """Bytes of a size like ``64k``, ``1.5G`` or ``0x200``; None when it is none, or is too large."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    hexadecimal, whole, fraction, suffix = match.groups()
-    if hexadecimal is not None:
-        return min(int(hexadecimal, 16), _MAX_SIZE + 1)
-    shift = _SUFFIXES[suffix.lower()]
-    if fraction and not shift:
-        return None
-    value = int(whole) << shift
-    if fraction and len(fraction) > 1:
-        digits = fraction[1:]
-        value += (int(digits) * (1 << shift) + 10 ** len(digits) // 2) // 10 ** len(digits)
-    return min(value, _MAX_SIZE + 1)
-
-
 def image_size(text: str, what: str = "image size") -> int:
     """A size in bytes from the command line; raises CommandError in qemu-img's words."""
     value = parse_size(text)
     if value is None:
+        # Two messages, each with the name in front, as qemu-img has it.
         raise CommandError(
-            f"Invalid {what} specified: '{text}'. You may use k, M, G, T, P or E suffixes for "
-            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for",
+            hint=f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
         )
-    if value > _MAX_SIZE:
-        raise CommandError(f"Invalid {what} specified. Must be between 0 and {_MAX_SIZE}.")
+    if not 0 <= value <= MAX_SIZE:
+        raise CommandError(f"Invalid {what} specified. Must be between 0 and {MAX_SIZE}.")
     return value
 
 
