@@ -37,7 +37,7 @@ test: $(VENV)/.installed
 # IOTESTS="001 013" runs only those; SOURCE=DIR takes a source tree of QEMU that is there already
 # instead of fetching one.
 iotests: $(VENV)/.installed
-	@$(PYTHON) scripts/install_needs.py test
+	@$(PYTHON) scripts/install_needs.py iotests
 	$(BIN)/python tests/iotests/run.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
 
 crash: $(VENV)/.installed
