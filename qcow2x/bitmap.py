@@ -598,6 +598,14 @@ class Bitmaps(Mapping[str, Bitmap]):
     def __contains__(self, name: object) -> bool:
         return any(name == known for known in self)
 
+    def layout(self) -> list[tuple[str, int]]:
+        """Name and granularity of every bitmap, in the order of the file, without a look at its
+        bits: also of those that are inconsistent."""
+        return [
+            (entry.name.decode("utf-8", "surrogateescape"), 1 << entry.granularity_bits)
+            for entry in self._directory().entries
+        ]
+
     def _marks_of(self, entry: _Entry) -> Marks | None:
         return self._image._marks if entry.tracked and self._image.writable else None
 

@@ -85,15 +85,11 @@ def create(
     OSError (NoSpace, StorageError) from the file.
     """
     data_name = _data_name(data_file, data_file_raw, backing_file, compat)
-    version = _one_of("compat", compat, COMPAT_VERSIONS)
     compression = _one_of("compression_type", compression_type, COMPRESSION_TYPES)
-    cluster_bits = _cluster_bits(cluster_size)
-    refcount_order = _refcount_order(refcount_bits)
+    version, cluster_bits, refcount_order = check_layout(
+        cluster_size, compat, refcount_bits, extended_l2
+    )
     _check_version(version, refcount_bits, lazy_refcounts, extended_l2, compression_type)
-    if extended_l2 and cluster_size < 16384:
-        raise ValueError(
-            f"extended_l2 needs a cluster_size of at least 16384 bytes, not {cluster_size}"
-        )
     backing_name = _backing_name(backing_file, backing_format)
     if preallocation not in PREALLOCATIONS:
         raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
@@ -214,6 +210,23 @@ def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
     except (KeyError, TypeError):
         names = ", ".join(map(repr, choices))
         raise ValueError(f"{argument} must be one of {names}, not {value!r}") from None
+
+
+def check_layout(
+    cluster_size: int, compat: str, refcount_bits: int, extended_l2: bool
+) -> tuple[int, int, int]:
+    """What decides how large the tables are: ``(version, cluster_bits, refcount_order)``.
+
+    Raises ValueError for a value out of its range, or values that do not go together."""
+    version = _one_of("compat", compat, COMPAT_VERSIONS)
+    cluster_bits = _cluster_bits(cluster_size)
+    refcount_order = _refcount_order(refcount_bits)
+    _check_version(version, refcount_bits, False, extended_l2, "zlib")
+    if extended_l2 and cluster_size < 16384:
+        raise ValueError(
+            f"extended_l2 needs a cluster_size of at least 16384 bytes, not {cluster_size}"
+        )
+    return version, cluster_bits, refcount_order
 
 
 def _cluster_bits(cluster_size: int) -> int:
