@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from qcow2x.cli.options import UsageError
+from qcow2x.cli.report import CommandError, report
 
 PROGRAM = "qcow2x"
 
@@ -60,6 +61,9 @@ def _run(name: str, args: list[str]) -> int:
         return int(status or 0)
     except UsageError as exc:
         return _fail(f"{exc} (try '{PROGRAM} {name} --help')")
+    except CommandError as exc:
+        report(str(exc), exc.hint)
+        return exc.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Terminated:
