@@ -21,7 +21,8 @@ from cli_helpers import (
 
 import qcow2x
 from qcow2x.errors import Cancelled, ImageLocked, ReferenceDenied
-from qcow2x.ops.convert import DATA, KEEP, ZERO, convert, plan_runs
+from qcow2x.ops.convert import convert
+from qcow2x.ops.copyjob import DATA, KEEP, ZERO, plan_runs
 from qcow2x.types import Extent
 
 

@@ -224,6 +224,15 @@ def read_padded(disk: Any, view: memoryview, offset: int) -> None:
         fill_zero(view[got:])
 
 
+def image_of(disk: Any) -> Any:
+    """The qcow2 image that *disk* is, or shows as it is; None where it is none."""
+    from qcow2x._core.image import CoreImage
+
+    if isinstance(disk, CoreImage):
+        return disk
+    return getattr(disk, "image", None)
+
+
 def is_disk(source: Any) -> bool:
     """Whether *source* is an open image (or anything that reads like one)."""
     return hasattr(source, "extents") and hasattr(source, "preadinto")

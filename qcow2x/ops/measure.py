@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qcow2x.ops.disk import SECTOR, extents_of, open_disk
+from qcow2x.ops.disk import SECTOR, extents_of, image_of, open_disk
 from qcow2x.types import Extent
 
 if TYPE_CHECKING:
@@ -169,8 +169,8 @@ def _data_clusters(extents: Iterator[Extent], cluster: int) -> int:
 
 def _bitmap_bytes(disk: Any, layout: _Layout) -> int | None:
     """Clusters of bits, tables and the directory for copies of all bitmaps of the source."""
-    image = getattr(disk, "image", None) or disk
-    if not hasattr(image, "bitmaps") or image.info().compat == "0.10":
+    image = image_of(disk)
+    if image is None or image.info().compat == "0.10":
         return None
     total = directory = 0
     for name, granularity in image.bitmaps.layout():
