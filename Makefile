@@ -1,6 +1,7 @@
 # make demo     see it work on a real disk        make test    install, build, run every test
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
+# make crash SECONDS=600                           cuts of power, as many as fit into the time
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test crash build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -31,6 +32,10 @@ test: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
 	$(BIN)/ruff check
 	cd tests && $(BIN)/python -m pytest
+
+crash: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py test
+	cd tests && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
 
 # Compiled before it is linked, so that the compiler's warnings are seen.
 build: $(VENV)/.ready

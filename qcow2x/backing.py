@@ -123,6 +123,15 @@ def layer_cache(cache: str) -> str:
     return "none" if cache in ("none", "directsync") else "writeback"
 
 
+class GuestDisk:
+    """Given as ``backing=``: the disk below, opened by the caller in whatever format it has; the
+    name and the format in the image are not looked at. None: there is no disk below, and what is
+    not allocated reads as zeros."""
+
+    def __init__(self, storage: Storage | None) -> None:
+        self.storage = storage
+
+
 class Withheld:
     """Stands where a backing file would be in an image opened with ``backing=False``: what would
     be read from it raises instead of pretending to be zeros."""

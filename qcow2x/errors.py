@@ -58,7 +58,11 @@ class ReferenceDenied(Qcow2Error, PermissionError):
 
 
 class ImageLocked(Qcow2Error, BlockingIOError):
-    """Another process or object holds the image in a way that excludes this use."""
+    """Another process or object holds the image in a way that excludes this use: it does not share
+    ``permission``, or, where ``shared`` is set, uses it while this one would not share it."""
+
+    permission: str = ""
+    shared: bool = False
 
 
 class StorageError(Qcow2Error, OSError):

@@ -45,7 +45,7 @@ def open(
     key: KeySource | None = None,
     lock: bool = True,
     l2_cache_size: int | None = None,
-    backing: Source | bool | None = None,
+    backing: Source | _backing.GuestDisk | bool | None = None,
     data_file: Source | bool | None = None,
     overlap_check: str = "cached",
 ) -> Image:
@@ -58,8 +58,9 @@ def open(
     ``references`` says what happens to a name found inside the image: ``"deny"`` (the default)
     refuses it with ReferenceDenied, ``"follow"`` opens it, a callable gets a
     :class:`~qcow2x.types.Reference` and returns the source to use, or None to refuse. ``backing``
-    gives the backing file outright: a source (read in the format that the image names) or an open
-    Image; ``False`` opens the image without one, and a read that would need it raises.
+    gives the backing file outright: a source (read in the format that the image names), an open
+    Image, or a :class:`qcow2x.backing.GuestDisk` (also for an image that names none); ``False``
+    opens the image without one, and a read that would need it raises.
 
     ``snapshot`` opens the disk as the internal snapshot with that id or name holds it, read-only.
 
@@ -124,7 +125,9 @@ class _Opener:
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
-    def open(self, source: Source, writable: bool, backing: Source | bool | None) -> Image:
+    def open(
+        self, source: Source, writable: bool, backing: Source | _backing.GuestDisk | bool | None
+    ) -> Image:
         # The layers are opened from the top down and stacked from the bottom up, in a loop: a
         # chain of a thousand must not need a thousand Python frames.
         layers: list[tuple[Storage, Header, Storage | None]] = []
@@ -153,12 +156,16 @@ class _Opener:
                     header = _snapshot.header_at(header, wanted, storage.name)
                 data = self._data_storage(storage, header, writable and top, top, mine)
                 layers.append((storage, header, data))
+                if top and isinstance(backing, _backing.GuestDisk):
+                    bottom = backing.storage
+                    break
                 if header.backing_file is None:
                     break
                 reference = _backing.reference_to(
                     "backing", header.backing_file, header.backing_format, storage.name
                 )
                 given = backing if top else None
+                assert not isinstance(given, _backing.GuestDisk)
                 if given is False:
                     bottom = open_storage(_backing.Withheld(reference))
                     break
@@ -176,7 +183,11 @@ class _Opener:
                     self._take_lock(bottom, False)
                     self.chain.enter(bottom)
                     break
-            if backing not in (None, False, True) and layers[0][1].backing_file is None:
+            if (
+                backing not in (None, False, True)
+                and not isinstance(backing, _backing.GuestDisk)
+                and layers[0][1].backing_file is None
+            ):
                 raise ValueError(f"{layers[0][0].name}: backing= given, but it has no backing file")
             self._check_key([header for _, header, _ in layers], layers[0][0].name)
             image: Image | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.options import FORMAT, OUTPUT, QUIET, SHARE, Option, UsageError, one_file, parse
 from qcow2x.cli.options import output_format as read_output_format
+from qcow2x.cli.report import program, report
 from qcow2x.cli.text import json_text
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--dry-run and --journal go with -r")
     format = parsed.value("format") or probe_format(path)
     if format != "qcow2":
-        print("qcow2x: This image format does not support checks", file=sys.stderr)
+        report("This image format does not support checks")
         return EXIT_NOT_SUPPORTED
     dry_run = parsed.flag("dry-run")
     journal = None if dry_run else _journal(parsed, path)
@@ -66,10 +67,9 @@ def main(argv: list[str]) -> int:
     )
     _print_findings(result, repair is not None)
     if journal is not None and os.path.exists(journal):
-        print(
-            f"qcow2x: what the repair has changed is kept in {journal}; to undo it: "
-            f"qcow2x check --undo {journal} {path}",
-            file=sys.stderr,
+        report(
+            f"what the repair has changed is kept in {journal}; to undo it: "
+            f"{program()} check --undo {journal} {path}"
         )
     if style == "json":
         print(json_text(_members(path, format, result)))

@@ -25,7 +25,8 @@ EXIT_READ_ERROR = 4
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.cli.main import PROGRAM, describe
+    from qcow2x.cli.main import describe
+    from qcow2x.cli.report import report
     from qcow2x.ops.compare import compare
 
     parsed = parse("compare", USAGE, OPTIONS, argv)
@@ -49,9 +50,7 @@ def main(argv: list[str]) -> int:
             # Reading failed, where the disks themselves could be opened.
             if isinstance(exc, StorageError) and exc.errno == errno.ENOENT:
                 raise
-            import sys
-
-            print(f"{PROGRAM}: {describe(exc)}", file=sys.stderr)
+            report(describe(exc))
             return EXIT_READ_ERROR
     if not quiet:
         for line in _lines(result, strict):

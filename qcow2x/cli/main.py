@@ -5,26 +5,52 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from qcow2x.cli.options import UsageError
-from qcow2x.cli.report import CommandError, report
+from qcow2x.cli.report import CommandError, program, report, set_program
 
-PROGRAM = "qcow2x"
-
-COMMANDS = {
+#: The commands that qemu-img has too.
+IMG_COMMANDS = {
     "bench": "time a series of reads or writes",
-    "check": "check an image for corruption and leaked clusters, and repair leaks",
+    "check": "check an image for corruption and leaked clusters, and repair them",
     "compare": "compare what two disks read as",
     "convert": "copy a disk into a new image",
     "create": "make a new image",
-    "demo": "show what qcow2x does on a real disk made from this machine's files",
     "info": "tell what an image says of itself",
-    "inspect": "tell whether an untrusted image is safe to use, opening nothing that it names",
     "map": "list which parts of a disk are stored, and where",
     "resize": "grow or shrink a disk",
 }
+OWN_COMMANDS = {
+    "demo": "show what qcow2x does on a real disk made from this machine's files",
+    "inspect": "tell whether an untrusted image is safe to use, opening nothing that it names",
+}
+COMMANDS = dict(sorted({**IMG_COMMANDS, **OWN_COMMANDS}.items()))
+
+
+class Program(NamedTuple):
+    """A command line tool: the name that it has where it was not called by another, and what it is for."""
+
+    name: str
+    purpose: str
+
+    def help(self, commands: Mapping[str, str]) -> str:
+        lines = [
+            f"usage: {program()} <command> [options] ...",
+            "",
+            f"{self.purpose}.",
+            "",
+            "commands:",
+            *(f"  {name:<10}{text}" for name, text in commands.items()),
+            "",
+            f"'{program()} <command> --help' lists the options of a command; they are those of qemu-img.",
+        ]
+        return "\n".join(lines)
+
+
+PROGRAM = Program("qcow2x", "qcow2 disk images: make, convert, check and look into them")
 
 
 class Terminated(BaseException):
@@ -33,34 +59,46 @@ class Terminated(BaseException):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name); returns the exit status."""
-    args = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        # File names are bytes: print those that are not valid UTF-8 as they are.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="surrogateescape")
+    set_program(PROGRAM.name, sys.argv[0] if argv is None else None)
+    return run_safely(_run, sys.argv[1:] if argv is None else argv)
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
-        print(_help(), file=sys.stdout if args else sys.stderr)
+        print(PROGRAM.help(COMMANDS), file=sys.stdout if args else sys.stderr)
         return 0 if args else 1
     if args[0] in ("-V", "--version"):
         from qcow2x._version import __version__
 
-        print(f"{PROGRAM} version {__version__}")
+        print(f"{program()} version {__version__}")
         return 0
-    if args[0] not in COMMANDS:
-        return _fail(f"Command not found: {args[0]} (try '{PROGRAM} --help')")
-    return _run(args[0], args[1:])
+    return run_command(COMMANDS, args[0], args[1:])
 
 
-def _run(name: str, args: list[str]) -> int:
+def run_command(commands: Mapping[str, str], name: str, args: list[str]) -> int:
+    """Run one of *commands*, each a module of this package. Raises CommandError."""
+    if name not in commands:
+        raise UsageError(f"Command not found: {name}")
     command = import_module(f"qcow2x.cli.{name}")
-    failure = getattr(command, "EXIT_ERROR", 1)
+    try:
+        return int(command.main(args) or 0)
+    except Exception as exc:
+        if isinstance(exc, (CommandError, BrokenPipeError)) or not is_expected(exc):
+            raise
+        raise CommandError(describe(exc), status=getattr(command, "EXIT_ERROR", 1)) from exc
+
+
+def run_safely(run: Callable[[list[str]], int], args: list[str]) -> int:
+    """What *run* makes of a command line, with every error told on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names are bytes: print those that are not valid UTF-8 as they are.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape")
     before = _terminate_on_sigterm()
     try:
-        status = command.main(args)
+        status = run(args)
         sys.stdout.flush()
-        return int(status or 0)
-    except UsageError as exc:
-        return _fail(f"{exc} (try '{PROGRAM} {name} --help')")
+        return status
     except CommandError as exc:
         report(str(exc), exc.hint)
         return exc.status
@@ -73,12 +111,6 @@ def _run(name: str, args: list[str]) -> int:
         # flushing into the same pipe once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        return _fail("out of memory", failure)
-    except Exception as exc:
-        if not _is_expected(exc):
-            raise
-        return _fail(describe(exc), failure)
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -95,16 +127,19 @@ def _terminate_on_sigterm() -> Any:
         return None
 
 
-def _is_expected(exc: Exception) -> bool:
+def is_expected(exc: Exception) -> bool:
+    """Whether an exception tells of a mistake or of the outside world, and not of a bug."""
     from qcow2x.errors import Qcow2Error
 
-    return isinstance(exc, (Qcow2Error, OSError, ValueError))
+    return isinstance(exc, (Qcow2Error, OSError, ValueError, MemoryError))
 
 
 def describe(exc: BaseException) -> str:
     """An exception as one line for a user."""
     from qcow2x.errors import ImageLocked
 
+    if isinstance(exc, MemoryError):
+        return "out of memory"
     if isinstance(exc, ImageLocked) and exc.path is not None:
         return f"'{exc.path}' is in use by another process"
     if isinstance(exc, OSError) and exc.strerror:
@@ -114,23 +149,3 @@ def describe(exc: BaseException) -> str:
     else:
         text = str(exc) or type(exc).__name__
     return " ".join(text.splitlines())
-
-
-def _fail(message: str, status: int = 1) -> int:
-    sys.stdout.flush()
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
-    return status
-
-
-def _help() -> str:
-    lines = [
-        f"usage: {PROGRAM} <command> [options] ...",
-        "",
-        "qcow2 disk images: make, convert, check and look into them.",
-        "",
-        "commands:",
-        *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
-        "",
-        f"'{PROGRAM} <command> --help' lists the options of a command; they are those of qemu-img.",
-    ]
-    return "\n".join(lines)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import getopt
-import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_SIZE = re.compile(r"(?:0x([0-9a-f]+)|(\d+)(\.\d*)?([bkmgtpe]?))", re.IGNORECASE)
-_MAX_SIZE = (1 << 63) - 1
+from qcow2x.cli.getopt_long import OptionError, getopt_long
+from qcow2x.cli.report import CommandError, program
+from qcow2x.sizes import MAX_SIZE as MAX_SIZE
+from qcow2x.sizes import parse_size as parse_size
 
 
-class UsageError(Exception):
-    """The command line is wrong; printed as one line with a hint at ``--help``."""
+class UsageError(CommandError):
+    """The command line is wrong; printed with a hint at ``--help``."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint=f"Try '{program()} --help' for more information")
 
 
 class Option(NamedTuple):
@@ -31,11 +33,15 @@ class Option(NamedTuple):
 
 
 class Parsed:
-    """The options that were given, by long name, and the remaining arguments."""
+    """The options that were given, by long name (by short name those that have no other), and the
+    remaining arguments. ``pairs`` has the options in the order in which they were given."""
 
-    def __init__(self, given: dict[str, list[str]], args: list[str]) -> None:
-        self._given = given
+    def __init__(self, pairs: list[tuple[str, str]], args: list[str]) -> None:
+        self.pairs = pairs
         self.args = args
+        self._given: dict[str, list[str]] = {}
+        for key, value in pairs:
+            self._given.setdefault(key, []).append(value)
 
     def flag(self, key: str) -> bool:
         return key in self._given
@@ -54,6 +60,8 @@ PROGRESS = Option("p", "progress", None, "show a progress bar")
 FORMAT = Option("f", "format", "FMT", "format of the image: qcow2 or raw (default: look)")
 OUTPUT = Option("", "output", "FMT", "human (default) or json")
 SHARE = Option("U", "force-share", None, "open also what another process is writing")
+OBJECT = Option("", "object", "OBJECT", "define an object, such as secret,id=ID,data=PASSWORD")
+IMAGE_OPTS = Option("", "image-opts", None, "a file name is a list of options of its driver")
 CREATE_OPTIONS = Option(
     "o", "options", "OPTS", "comma separated name=value list; 'help' lists them"
 )
@@ -66,16 +74,14 @@ def parse(command: str, usage: str, options: Sequence[Option], argv: Sequence[st
     by_name = {f"-{o.short}": o.key for o in options if o.short}
     by_name.update({f"--{o.long}": o.key for o in options if o.long})
     try:
-        pairs, args = getopt.gnu_getopt(list(argv), shorts, longs)
-    except getopt.GetoptError as exc:
-        raise UsageError(str(exc)) from None
-    given: dict[str, list[str]] = {}
-    for name, value in pairs:
-        if name in ("-h", "--help"):
-            print(_help(command, usage, options))
-            sys.exit(0)
-        given.setdefault(by_name[name], []).append(value)
-    return Parsed(given, args)
+        found, args = getopt_long(argv, shorts, longs)
+    except OptionError as exc:
+        problem = "missing argument for" if exc.missing else "unrecognized"
+        raise UsageError(f"{problem} option '{exc.argument}'") from None
+    if any(name in ("-h", "--help") for name, _ in found):
+        print(_help(command, usage, options))
+        sys.exit(0)
+    return Parsed([(by_name[name], value) for name, value in found], args)
 
 
 def _help(command: str, usage: str, options: Sequence[Option]) -> str:
@@ -86,37 +92,19 @@ def _help(command: str, usage: str, options: Sequence[Option]) -> str:
             names.append(f"--{option.long}")
         left = ", ".join(names) + (f" {option.metavar}" if option.metavar else "")
         rows.append(f"  {left:<30}{option.help}")
-    return "\n".join([f"usage: qcow2x {command} {usage}", "", "options:", *rows])
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of a size like ``64k``, ``1.5G`` or ``0x200``; None when it is none, or is too large."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    hexadecimal, whole, fraction, suffix = match.groups()
-    if hexadecimal is not None:
-        return min(int(hexadecimal, 16), _MAX_SIZE + 1)
-    shift = _SUFFIXES[suffix.lower()]
-    if fraction and not shift:
-        return None
-    value = int(whole) << shift
-    if fraction and len(fraction) > 1:
-        digits = fraction[1:]
-        value += (int(digits) * (1 << shift) + 10 ** len(digits) // 2) // 10 ** len(digits)
-    return min(value, _MAX_SIZE + 1)
+    return "\n".join([f"usage: {program()} {command} {usage}", "", "options:", *rows])
 
 
 def image_size(text: str, what: str = "image size") -> int:
-    """A size in bytes from the command line; raises UsageError in qemu-img's words."""
+    """A size in bytes from the command line; raises CommandError in qemu-img's words."""
     value = parse_size(text)
     if value is None:
-        raise UsageError(
+        raise CommandError(
             f"Invalid {what} specified: '{text}'. You may use k, M, G, T, P or E suffixes for "
             "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
         )
-    if value > _MAX_SIZE:
-        raise UsageError(f"Invalid {what} specified. Must be between 0 and {_MAX_SIZE}.")
+    if value > MAX_SIZE:
+        raise CommandError(f"Invalid {what} specified. Must be between 0 and {MAX_SIZE}.")
     return value
 
 
@@ -127,16 +115,16 @@ def number(text: str | None, what: str, low: int, high: int, default: int) -> in
     try:
         value = int(text, 0)
     except ValueError:
-        raise UsageError(f"Invalid {what} specified: '{text}'") from None
+        raise CommandError(f"Invalid {what} specified: '{text}'") from None
     if not low <= value <= high:
-        raise UsageError(f"Invalid {what} specified. Must be between {low} and {high}.")
+        raise CommandError(f"Invalid {what} specified. Must be between {low} and {high}.")
     return value
 
 
 def output_format(parsed: Parsed) -> str:
     value = parsed.value("output", "human") or ""
     if value not in ("human", "json"):
-        raise UsageError("--output must be used with human or json as argument.")
+        raise CommandError("--output must be used with human or json as argument.")
     return value
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+_program = "qcow2x"
+
 
 class CommandError(Exception):
     """A command cannot go on. ``hint`` is printed below the message, as it is."""
@@ -15,16 +17,27 @@ class CommandError(Exception):
         self.status = status
 
 
+def set_program(default: str, argv0: str | None) -> None:
+    """Messages begin with the name in *argv0*, so that a link called qemu-img speaks as one; with
+    *default* where that is None or a Python file (``python -m``)."""
+    global _program
+    name = os.path.basename(argv0 or "")
+    _program = default if not name or name.startswith("-") or name.endswith(".py") else name
+
+
 def program() -> str:
     """The name that the program was called by, which stands before each message."""
-    name = os.path.basename(sys.argv[0])
-    return name if name and not name.startswith("-") and not name.endswith(".py") else "qcow2x"
+    return _program
 
 
 def report(message: str, hint: str = "") -> None:
-    """Prints a message, behind all that went to standard output before."""
-    sys.stdout.flush()
-    print(f"{program()}: {message}", file=sys.stderr)
+    """Prints a message. What waits to go to standard output is not flushed: QEMU's tools do not
+    either, and their users see messages first where both go into one pipe."""
+    print(f"{_program}: {message}", file=sys.stderr)
     if hint:
         print(hint, file=sys.stderr)
-    sys.stderr.flush()
+
+
+def warn(message: str) -> None:
+    """Prints a warning: something is done, but perhaps not what was meant."""
+    report(f"warning: {message}")

@@ -1,0 +1,93 @@
+"""``qcow2``: the engine of this package as a driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qcow2x.drivers import options as opts
+from qcow2x.drivers.node import Node
+from qcow2x.drivers.options import Options
+from qcow2x.types import Extent
+
+if TYPE_CHECKING:
+    from qcow2x._core.header import Header
+
+
+class Qcow2Node(Node):
+    driver = "qcow2"
+    is_format = True
+    supports_backing = True
+    strong = ("encrypt.key-secret",)
+
+    #: What the file says of itself; of an image that is open for reading see ``image`` as well.
+    header: Header
+
+    def open(self, options: Options) -> None:
+        from qcow2x._core.header import Header
+
+        file = self.children["file"].storage
+        self.header = header = Header.load(file.pread, file.size(), file.name)
+        self.backing_file = self.auto_backing = header.backing_file or ""
+        self.backing_format = header.backing_format or None
+        self._key_secret = opts.take_text(options, "encrypt.key-secret")
+        opts.take_text(options, "encrypt.format")
+        self._open_data_file(options)
+
+    def _open_data_file(self, options: Options) -> None:
+        wanted = self.header.has_data_file
+        given = "data-file" in options or any(key.startswith("data-file.") for key in options)
+        if wanted or given:
+            name = None if given else self.header.data_file
+            self.graph.open_child(self, "data-file", options, name, probing=False)
+
+    def complete(self, backing: Node | None) -> None:
+        if not self.graph.io:
+            # Only looked at: neither a key nor the tables are needed.
+            return
+        import qcow2x
+        from qcow2x.backing import GuestDisk
+
+        below: Any = None
+        if self.header.backing_file is not None or backing is not None:
+            withheld = backing is None and not self.no_backing
+            below = False if withheld else GuestDisk(None if backing is None else backing.storage)
+        data = self.children.get("data-file")
+        secret = self._key_secret
+        self.image = qcow2x.open(
+            self.children["file"].storage,
+            "r+" if self.writable else "r",
+            cache=self.graph.cache_mode(self.options),
+            lock=False,
+            backing=below,
+            data_file=None if data is None else data.storage,
+            key=None if secret is None else self.graph.secret(secret),
+        )
+        self.storage = self.image
+
+    @property
+    def cluster_size(self) -> int:
+        return self.header.cluster_size
+
+    def _size(self) -> int:
+        return self.header.size if self.image is None else self.image.size
+
+    def _extents(self, offset: int, end: int) -> Iterator[Extent]:
+        assert self.image is not None
+        return self.image.extents(offset, end - offset)
+
+    def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
+        assert self.image is not None
+        self.image.write_zeroes(offset, length, unmap=unmap, fua=fua)
+
+    def _discard(self, offset: int, length: int) -> None:
+        assert self.image is not None
+        self.image.discard(offset, length)
+
+    def _resize(self, size: int, shrink: bool, preallocation: str) -> None:
+        assert self.image is not None
+        self.image.resize(size, shrink=shrink, preallocation=preallocation)
+
+    def _close(self) -> None:
+        if self.image is not None:
+            self.image.close()

@@ -1,0 +1,30 @@
+"""Sizes as people and QEMU write them: ``64k``, ``1.5G``, ``0x200``."""
+
+from __future__ import annotations
+
+import re
+
+_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE = re.compile(r"(?:0x([0-9a-f]+)|(\d+)(\.\d*)?([bkmgtpe]?))", re.IGNORECASE)
+MAX_SIZE = (1 << 63) - 1
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size like ``64k``, ``1.5G`` or ``0x200``; None when it is none.
+
+    What is past MAX_SIZE comes back as MAX_SIZE + 1.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    hexadecimal, whole, fraction, suffix = match.groups()
+    if hexadecimal is not None:
+        return min(int(hexadecimal, 16), MAX_SIZE + 1)
+    shift = _SUFFIXES[suffix.lower()]
+    if fraction and not shift:
+        return None
+    value = int(whole) << shift
+    if fraction and len(fraction) > 1:
+        digits = fraction[1:]
+        value += (int(digits) * (1 << shift) + 10 ** len(digits) // 2) // 10 ** len(digits)
+    return min(value, MAX_SIZE + 1)

@@ -1,0 +1,507 @@
+"""What is interrupted: one function per kind of work. Each builds a machine, does the work on it and
+returns how to tell whether a cut of power left what must be left."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from support.stamps import stamped
+
+import qcow2x
+from campaigns.guest import Guest, Lost, prepare
+from campaigns.power import Machine, RecordedFile, State
+from qcow2x.encryption import Encryption
+
+KiB = 1 << 10
+SIZE = 96 * KiB
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "512": {"cluster_size": 512},
+    "512-rc1": {"cluster_size": 512, "refcount_bits": 1},
+    "512-rc64": {"cluster_size": 512, "refcount_bits": 64},
+    "v2": {"cluster_size": 1024, "compat": "0.10"},
+    "4096-zstd": {"cluster_size": 4096, "compression_type": "zstd"},
+    "extended-l2": {"cluster_size": 16384, "extended_l2": True},
+    "lazy": {"cluster_size": 512, "lazy_refcounts": True},
+}
+#: Those whose refcounts can count a snapshot.
+COUNTING = [name for name in SHAPES if name != "512-rc1"]
+CACHES = ("writeback", "writethrough", "none", "directsync")
+
+
+class Corrupt(AssertionError):
+    """The file contradicts itself after a cut: more than leaked clusters."""
+
+
+#: Files by name, as they are once the state was opened, mended and closed: for QEMU to look at.
+Files = dict[str, "bytes | bytearray"]
+
+
+class Case(NamedTuple):
+    """Work that was done, and how to judge a state that a cut during it left."""
+
+    machine: Machine
+    #: What was chosen: shape, cache mode; for the report of a failure.
+    detail: str
+    verify: Callable[[State], Files]
+
+
+def _sound(image: qcow2x.Image) -> None:
+    found = image.check()
+    if found.corruptions or found.check_errors:
+        bad = [finding for finding in found.findings if finding.kind != "leak"]
+        raise Corrupt(f"{len(bad)} findings, the first: {bad[0]}")
+
+
+def _file(data: bytes) -> RecordedFile:
+    return Machine().file(data)
+
+
+def _reopened(file: RecordedFile, **options: Any) -> qcow2x.Image:
+    """As the next start of the machine would open it: what was left dirty is mended."""
+    return qcow2x.open(file, "r+", **options)
+
+
+def _disk(image: qcow2x.Image) -> bytes:
+    return image.pread(image.size, 0)
+
+
+# ---- A guest that reads, writes, trims and flushes ----
+
+
+def _guest_case(
+    rng: random.Random,
+    weights: dict[str, int],
+    *,
+    steps: int = 40,
+    filled: float = 0.4,
+    shapes: Any = tuple(SHAPES),
+    backing: bytes | None = None,
+    before: Callable[[qcow2x.Image], object] | None = None,
+    **create: Any,
+) -> Case:
+    shape, cache = rng.choice(shapes), rng.choice(CACHES)
+    options: dict[str, Any] = {**SHAPES[shape], **create}
+    under: dict[str, Any] = {}
+    if backing is not None:
+        options |= {"backing_file": "base.raw", "backing_format": "raw"}
+        under["backing"] = _file(backing)
+    start = prepare(SIZE, filled=filled, under=under, **options)
+    if before is not None:
+        file = _file(start)
+        with qcow2x.open(file, "r+", **under) as image:
+            before(image)
+        start = bytes(file.data)
+    machine = Machine()
+    image = qcow2x.open(machine.file(start), "r+", cache=cache, **under)
+    frozen = _snapshots(image)
+    guest = Guest(machine, image, rng, durable_at_return=cache in ("writethrough", "directsync"))
+    guest.work(steps, weights)
+    image.close()
+    guest.settle()
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        with _reopened(disk, **under) as found:
+            _sound(found)
+            guest.verify(state.happened, _disk(found))
+            if _snapshots(found) != frozen:
+                raise Lost("a snapshot reads differently")
+        return {"disk.qcow2": disk.data, **({"base.raw": backing} if backing is not None else {})}
+
+    return Case(machine, f"{shape} {cache}", verify)
+
+
+def _snapshots(image: qcow2x.Image) -> dict[str, bytes]:
+    found = {}
+    for snapshot in image.snapshots:
+        with image.snapshots.open(snapshot.id) as then:
+            found[snapshot.name] = _disk(then)
+    return found
+
+
+def growth(rng: random.Random) -> Case:
+    return _guest_case(rng, {"append": 6, "write": 2, "flush": 1}, filled=0.0)
+
+
+def overwrite(rng: random.Random) -> Case:
+    return _guest_case(rng, {"write": 5, "flush": 1}, filled=1.0)
+
+
+def cow_from_backing(rng: random.Random) -> Case:
+    base = stamped(0, rng.choice((SIZE, SIZE // 2 + 512)), 7 << 40)
+    return _guest_case(
+        rng, {"write": 5, "zero": 1, "discard": 1, "flush": 1}, filled=0.2, backing=base
+    )
+
+
+def cow_from_snapshot(rng: random.Random) -> Case:
+    return _guest_case(
+        rng,
+        {"write": 5, "zero": 1, "discard": 1, "compress": 1, "flush": 1},
+        shapes=COUNTING,
+        before=lambda image: image.snapshots.create("before"),
+    )
+
+
+def compressed(rng: random.Random) -> Case:
+    return _guest_case(rng, {"compress": 4, "write": 1, "flush": 1})
+
+
+def discard_and_reuse(rng: random.Random) -> Case:
+    return _guest_case(
+        rng, {"discard": 3, "zero": 2, "write": 3, "compress": 1, "flush": 1}, filled=0.9
+    )
+
+
+def encrypted_guest(rng: random.Random) -> Case:
+    start = _file(b"")
+    qcow2x.create(start, SIZE, cluster_size=4096, encryption=_luks("one"))
+    machine = Machine()
+    cache = rng.choice(CACHES)
+    image = qcow2x.open(machine.file(bytes(start.data)), "r+", cache=cache, key="one")
+    guest = Guest(machine, image, rng, durable_at_return=cache in ("writethrough", "directsync"))
+    guest.work(30, {"write": 5, "zero": 1, "discard": 1, "flush": 1})
+    image.close()
+    guest.settle()
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        with _reopened(disk, key="one") as found:
+            _sound(found)
+            guest.verify(state.happened, _disk(found))
+        # QEMU opens it with its key only.
+        return {}
+
+    return Case(machine, cache, verify)
+
+
+def external_data_file(rng: random.Random) -> Case:
+    """The mapping in one file, the bytes in another: each is flushed on its own."""
+    shape = rng.choice(("512", "4096-zstd", "extended-l2"))
+    options = {k: v for k, v in SHAPES[shape].items() if k != "compression_type"}
+    start = _file(b"")
+    with tempfile.TemporaryDirectory() as folder:
+        # Making an image makes its data file; only the name is kept.
+        qcow2x.create(start, SIZE, data_file=f"{folder}/data.raw", **options)
+    with qcow2x.open(start, "r+", data_file=_file(bytes(SIZE))) as image:
+        qcow2x.amend(image, data_file="data.raw")
+    machine = Machine()
+    file, bytes_of_disk = machine.file(bytes(start.data)), machine.file()
+    cache = rng.choice(CACHES)
+    image = qcow2x.open(file, "r+", cache=cache, data_file=bytes_of_disk)
+    guest = Guest(machine, image, rng, durable_at_return=cache in ("writethrough", "directsync"))
+    guest.work(40, {"write": 5, "zero": 1, "discard": 1, "flush": 1})
+    image.close()
+    guest.settle()
+
+    def verify(state: State) -> Files:
+        disk, data = _file(state.files[0]), _file(state.files[1])
+        with _reopened(disk, data_file=data) as found:
+            _sound(found)
+            guest.verify(state.happened, _disk(found))
+        return {"disk.qcow2": disk.data, "data.raw": data.data}
+
+    return Case(machine, f"{shape} {cache}", verify)
+
+
+# ---- Steps that have two sides: before and after ----
+
+
+def _worn(rng: random.Random, shape: str) -> bytes:
+    """An image with data, a compressed cluster, a snapshot and changes since."""
+    file = _file(prepare(SIZE, **SHAPES[shape]))
+    with qcow2x.open(file, "r+") as image:
+        image.snapshots.create("old")
+        image.pwrite(stamped(8 * KiB, 16 * KiB, rng.randrange(1 << 30)), 8 * KiB)
+        image.discard(48 * KiB, 16 * KiB)
+    return bytes(file.data)
+
+
+def _step_case(rng: random.Random, step: Callable[[qcow2x.Image], object]) -> Case:
+    shape = rng.choice(COUNTING)
+    machine = Machine()
+    with qcow2x.open(machine.file(_worn(rng, shape)), "r+") as image:
+        before = (_disk(image), _snapshots(image))
+        began = machine.now
+        step(image)
+        done = machine.now
+        after = (_disk(image), _snapshots(image))
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        with _reopened(disk) as found:
+            content = (_disk(found), _snapshots(found))
+            if shape != "v2":
+                _sound(found)
+        if content != after or state.happened <= began:
+            if content != before or state.happened >= done:
+                raise Lost("neither what was before the step nor what it makes")
+        if shape == "v2":
+            # Version 2 has no bit that says dirty, so its refcounts and COPIED flags, which change
+            # in two sectors, are not mended unasked. Nothing is lost either way.
+            qcow2x.check(disk, repair="all")
+            with qcow2x.open(disk) as found:
+                _sound(found)
+                if (_disk(found), _snapshots(found)) != content:
+                    raise Lost("mending the flags changed what is read")
+        return {"disk.qcow2": disk.data}
+
+    return Case(machine, shape, verify)
+
+
+def snapshot_create(rng: random.Random) -> Case:
+    return _step_case(rng, lambda image: image.snapshots.create("new"))
+
+
+def snapshot_apply(rng: random.Random) -> Case:
+    return _step_case(rng, lambda image: image.snapshots.apply("old"))
+
+
+def snapshot_delete(rng: random.Random) -> Case:
+    return _step_case(rng, lambda image: image.snapshots.delete("old"))
+
+
+def amend_refcounts(rng: random.Random) -> Case:
+    # The version 2 shape has 16-bit refcounts and no others.
+    bits = rng.choice((2, 8, 32, 64))
+
+    def step(image: qcow2x.Image) -> None:
+        if image.info().compat != "0.10":
+            qcow2x.amend(image, refcount_bits=bits)
+
+    return _step_case(rng, step)
+
+
+def amend_compat(rng: random.Random) -> Case:
+    def step(image: qcow2x.Image) -> None:
+        if image.info().compat == "0.10":
+            qcow2x.amend(image, compat="1.1")
+        else:
+            qcow2x.amend(image, lazy_refcounts=not image.info().lazy_refcounts)
+
+    return _step_case(rng, step)
+
+
+def resize(rng: random.Random) -> Case:
+    """Old bytes never come back past an end that was moved away and back."""
+    shape = rng.choice(tuple(SHAPES))
+    machine = Machine()
+    image = qcow2x.open(machine.file(prepare(SIZE, filled=1.0, **SHAPES[shape])), "r+")
+    # (log length when the resize began, when it had returned, the disk then)
+    disks = [(0, 0, _disk(image))]
+    for _ in range(4):
+        size = rng.randrange(16, 400) * 512
+        began = machine.now
+        image.resize(size, shrink=True)
+        disks.append((began, machine.now, _disk(image)))
+    image.close()
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        with _reopened(disk) as found:
+            _sound(found)
+            content = _disk(found)
+        for n, (began, done, then) in reversed([*enumerate(disks)]):
+            if began > state.happened:
+                continue
+            # A shrink drops mappings before it moves the end: what is to go may read as zeros.
+            if content == then or (n and _is_cut_down(content, disks[n - 1][2], len(then))):
+                return {"disk.qcow2": disk.data}
+            if done <= state.happened:
+                break
+        raise Lost(f"a disk of {len(content)} bytes that never was")
+
+    return Case(machine, shape, verify)
+
+
+def _is_cut_down(content: bytes, old: bytes, kept: int) -> bool:
+    """Whether ``content`` is ``old`` with sectors behind its first ``kept`` bytes gone."""
+    return len(content) == len(old) and all(
+        content[at : at + 512] in (old[at : at + 512], bytes(512) if at >= kept else b"")
+        for at in range(0, len(old), 512)
+    )
+
+
+# ---- Bitmaps ----
+
+
+def bitmaps(rng: random.Random) -> Case:
+    """A bitmap that does not call itself inconsistent tells of every change since it was made."""
+    shape = rng.choice([name for name in SHAPES if name != "v2"])
+    machine = Machine()
+    image = qcow2x.open(machine.file(prepare(SIZE, **SHAPES[shape])), "r+")
+    image.flush()
+    began = _disk(image)
+    image.bitmaps.add("since", 512)
+    added = machine.now
+    guest = Guest(machine, image, rng)
+    guest.work(12, {"write": 4, "zero": 1, "flush": 1})
+    image.bitmaps.add("later", 4096)
+    guest.work(6, {"write": 4, "flush": 1})
+    image.bitmaps.remove("later")
+    guest.work(6, {"write": 4, "flush": 1})
+    image.close()
+    guest.settle()
+    closed = machine.now
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        with _reopened(disk) as found:
+            _sound(found)
+            content = _disk(found)
+            guest.verify(state.happened, content)
+            if "since" not in found.bitmaps:
+                if state.happened >= added:
+                    raise Lost("the bitmap is gone")
+            elif found.bitmaps["since"].inconsistent:
+                if state.happened >= closed:
+                    raise Lost("the bitmap was stored and is inconsistent")
+            else:
+                _tells_of_changes(found, began, content)
+        return {"disk.qcow2": disk.data}
+
+    return Case(machine, shape, verify)
+
+
+def _tells_of_changes(image: qcow2x.Image, before: bytes, after: bytes) -> None:
+    dirty = bytearray(len(after))
+    for extent in image.bitmaps.extents("since"):
+        if extent.dirty:
+            dirty[extent.offset : extent.offset + extent.length] = b"\1" * extent.length
+    for at in range(0, len(after), 512):
+        if after[at : at + 512] != before[at : at + 512] and not dirty[at]:
+            raise Lost(f"the bitmap does not tell of a change at {at:#x}")
+
+
+def checkpoint(rng: random.Random) -> Case:
+    """In all of the images or in none."""
+    machine = Machine()
+    shapes = rng.sample([name for name in SHAPES if name != "v2"], 3)
+    files = [machine.file(prepare(SIZE, **SHAPES[shape])) for shape in shapes]
+    images = [qcow2x.open(file, "r+") for file in files]
+    disks = [_disk(image) for image in images]
+    qcow2x.checkpoint(images, "monday", granularity=512)
+    done = machine.now
+    for image in images:
+        image.close()
+
+    def verify(state: State) -> Files:
+        left = [_file(data) for data in state.files]
+        found = [_reopened(file) for file in left]
+        try:
+            qcow2x.settle_checkpoints(found)
+            have = {"monday" in image.bitmaps for image in found}
+            if len(have) != 1 or (state.happened >= done and have != {True}):
+                raise Lost("the checkpoint is in some of the images only")
+            for image, disk in zip(found, disks, strict=True):
+                _sound(image)
+                if _disk(image) != disk:
+                    raise Lost("the disk changed")
+        finally:
+            for image in found:
+                image.close()
+        return {f"disk{n}.qcow2": file.data for n, file in enumerate(left)}
+
+    return Case(machine, " ".join(shapes), verify)
+
+
+# ---- Repair and key slots ----
+
+
+def repair(rng: random.Random) -> Case:
+    """A repair that was cut short can be done again, and shows what it would have shown."""
+    shape = rng.choice(COUNTING)
+    start = bytearray(_worn(rng, shape))
+    cluster = SHAPES[shape]["cluster_size"]
+    # Refcounts are what a repair can always tell anew: some go, some are noise.
+    table = int.from_bytes(start[48:56], "big")
+    block = int.from_bytes(start[table : table + 8], "big")
+    for _ in range(rng.randrange(1, 12)):
+        at = block + rng.randrange(min(cluster, len(start) - block))
+        start[at] = rng.randrange(256)
+    machine = Machine()
+    file = machine.file(bytes(start))
+    with qcow2x.open(_file(bytes(start))) as image:
+        before = _disk(image)
+    qcow2x.check(file, repair="all")
+    done = machine.now
+
+    def verify(state: State) -> Files:
+        disk = _file(state.files[0])
+        if state.happened < done:
+            qcow2x.check(disk, repair="all")
+        with qcow2x.open(disk) as found:
+            _sound(found)
+            if _disk(found) != before:
+                raise Lost("the repair changed what the guest reads")
+        return {"disk.qcow2": disk.data}
+
+    return Case(machine, shape, verify)
+
+
+def _luks(secret: str) -> Encryption:
+    # The fewest iterations that are allowed: what is tested is the order of writes.
+    return Encryption(key=secret, iter_time_ms=1)
+
+
+def key_slots(rng: random.Random) -> Case:
+    """At every instant some known passphrase opens the image, and an erased one never again."""
+    start = _file(b"")
+    qcow2x.create(start, 8 * KiB, cluster_size=4096, encryption=_luks("one"))
+    with qcow2x.open(start, "r+", key="one") as image:
+        image.pwrite(stamped(0, 8 * KiB, 1), 0)
+        disk = _disk(image)
+    machine = Machine()
+    file = machine.file(bytes(start.data))
+    qcow2x.amend(file, key="one", new_key="two", iter_time_ms=1)
+    added = machine.now
+    qcow2x.amend(file, key="two", erase_key="one")
+    erased = machine.now
+
+    def verify(state: State) -> Files:
+        opened = set()
+        for secret in ("one", "two"):
+            try:
+                found = _reopened(_file(state.files[0]), key=secret)
+            except qcow2x.KeyRequired:
+                continue
+            with found:
+                opened.add(secret)
+                _sound(found)
+                if _disk(found) != disk:
+                    raise Lost("the disk reads differently")
+        if not opened or (state.happened >= added and "two" not in opened):
+            raise Lost("no passphrase opens the image")
+        if state.happened >= erased and "one" in opened:
+            raise Lost("an erased passphrase opens the image")
+        return {}
+
+    return Case(machine, "LUKS", verify)
+
+
+WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
+    "growth": growth,
+    "overwrite": overwrite,
+    "copy-on-write from a backing file": cow_from_backing,
+    "copy-on-write from a snapshot": cow_from_snapshot,
+    "compressed writes": compressed,
+    "discard and reuse": discard_and_reuse,
+    "encrypted guest": encrypted_guest,
+    "external data file": external_data_file,
+    "snapshot create": snapshot_create,
+    "snapshot apply": snapshot_apply,
+    "snapshot delete": snapshot_delete,
+    "bitmaps": bitmaps,
+    "checkpoint of three images": checkpoint,
+    "resize": resize,
+    "amend of the refcount width": amend_refcounts,
+    "amend of version and features": amend_compat,
+    "repair": repair,
+    "key slots": key_slots,
+}
+
+__all__ = ["WORKLOADS", "Case", "Corrupt", "Lost", "RecordedFile"]

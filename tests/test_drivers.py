@@ -1,0 +1,195 @@
+"""The graph of block drivers: names, options, children, and what is said when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import qcow2x
+from qcow2x.cli import words
+from qcow2x.drivers import OptionError, open_node
+from qcow2x.drivers.options import flatten, parse_json_name, parse_option_string
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def said(target: object, **options: object) -> str:
+    with pytest.raises(Exception) as caught:
+        open_node(target, **options).close()  # type: ignore[arg-type]
+    return words.opening(caught.value, str(target))
+
+
+def test_option_strings() -> None:
+    assert parse_option_string("driver=raw,file.filename=a,,b,x=") == {
+        "driver": "raw",
+        "file.filename": "a,b",
+        "x": "",
+    }
+    assert parse_option_string("one,nolock,b=c=d", "first") == {
+        "first": "one",
+        "lock": "off",
+        "b": "c=d",
+    }
+
+
+def test_json_names() -> None:
+    assert parse_json_name("""json:{'a': {"b": [1, 'it\\'s "x"']}, "c": null}""") == {
+        "a.b.0": 1,
+        "a.b.1": 'it\'s "x"',
+        "c": None,
+    }
+    with pytest.raises(OptionError, match="Invalid JSON object given"):
+        parse_json_name("json:[]")
+    with pytest.raises(OptionError, match="Could not parse the JSON options: JSON parse error"):
+        parse_json_name("json:{")
+    assert flatten({"a": {}, "b": []}) == {"a": {}, "b": []}
+
+
+def test_plain_names(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    qcow2x.create("b", 1 << 20, backing_file="a", backing_format="qcow2")
+    with open_node("b") as node:
+        assert [n.filename for n in node.chain] == ["b", "a"]
+        assert list(node.children) == ["file", "backing"]
+        assert node.image is not None and node.storage is node.image
+        assert node.file is not None and node.file.driver == "file"
+    # Saying outright what the image says itself changes nothing.
+    spec = "driver=qcow2,file.filename=b,backing.driver=qcow2,backing.file.filename=a"
+    with open_node(spec, image_opts=True) as node:
+        assert node.filename == "b"
+    with open_node("file:b") as node:
+        assert node.filename == "b"
+
+
+def test_names_that_need_json(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    qcow2x.create("b", 1 << 20, backing_file="a", backing_format="qcow2")
+    file = '{"driver": "file", "filename": "b"}'
+    with open_node({"driver": "qcow2", "file": {"filename": "b"}, "backing": None}) as node:
+        assert node.filename == f'json:{{"backing": null, "driver": "qcow2", "file": {file}}}'
+        assert node.pread(10, 0) == bytes(10)
+    Path("r").write_bytes(bytes(range(256)) * 8)
+    with open_node("driver=raw,offset=512,size=1k,file.filename=r", image_opts=True) as node:
+        assert node.filename == (
+            'json:{"offset": "512", "driver": "raw", "size": "1k", '
+            '"file": {"driver": "file", "filename": "r"}}'
+        )
+        assert node.size == 1024 and node.pread(2, 1) == b"\1\2"
+        inner = node.filename
+    with open_node(inner) as node:
+        assert node.filename == inner
+    with open_node("json:{'driver': 'null-co', 'read-zeroes': true, 'size': 4096}") as node:
+        assert node.filename == 'json:{"read-zeroes": true, "driver": "null-co", "size": 4096}'
+
+
+def test_raw_ends_inside_a_sector(folder: Path) -> None:
+    Path("r").write_bytes(b"x" * 1000)
+    with open_node("r", format="raw", writable=True) as node:
+        assert node.size == 1024
+        assert node.pread(2000, 990) == b"x" * 10 + bytes(24)
+        assert sum(run.length for run in node.extents()) == 1024
+        with pytest.raises(OSError):
+            node.pwrite(b"y", 1024)
+        node.pwrite(b"y", 1023)
+    assert os.path.getsize("r") == 1024
+
+
+def test_what_is_wrong(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    qcow2x.create("c", 1 << 20, backing_file="none", backing_format="qcow2")
+    none = "No such file or directory"
+    assert said("none") == f"Could not open 'none': Could not open 'none': {none}"
+    assert said("c") == (
+        f"Could not open 'c': Could not open backing file: Could not open 'none': {none}"
+    )
+    assert said("a", format="no") == "Could not open 'a': Unknown driver 'no'"
+    assert said("no:a") == "Could not open 'no:a': Unknown protocol 'no'"
+    assert said("driver=raw,file.filename=a,x=1", image_opts=True).endswith(
+        "Block format 'raw' does not support the option 'x'"
+    )
+    assert said("driver=raw,file.filename=a,file.x=1", image_opts=True).endswith(
+        "Block protocol 'file' doesn't support the option 'x'"
+    )
+    assert said("driver=raw", image_opts=True).endswith(
+        'A block device must be specified for "file"'
+    )
+    assert said("driver=file", image_opts=True).endswith(
+        "The 'file' block driver requires a file name"
+    )
+    assert said("a", options={"read-only": "maybe"}).endswith(
+        "Parameter 'read-only' expects 'on' or 'off'"
+    )
+    assert said("json:{'driver':'raw','file.filename':'a','size':'x'}").endswith(
+        "Parameter 'size' expects a non-negative number below 2^64\n"
+        "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+        "and exabytes, respectively."
+    )
+
+
+def test_a_known_format_without_driver_is_no_raw_disk(folder: Path) -> None:
+    Path("v").write_bytes(b"KDMV" + bytes(2044))
+    assert said("v") == "Could not open 'v': Unknown driver 'vmdk'"
+    with open_node("v", format="raw") as node:
+        assert node.pread(4, 0) == b"KDMV"
+
+
+def test_locks(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    with open_node("a", writable=True):
+        assert said("a") == (
+            "Could not open 'a': Failed to get shared \"write\" lock\n"
+            "Is another process using the image [a]?"
+        )
+        assert 'Failed to get "write" lock' in said("a", writable=True)
+        open_node("a", force_share=True).close()
+        open_node("driver=file,locking=off,filename=a", image_opts=True).close()
+    assert "force-share=on can only be used with read-only images" in said(
+        "a", writable=True, force_share=True
+    )
+    with open_node("a"), open_node("a"):
+        assert 'Failed to get shared "write" lock' not in said("a", writable=True)
+
+
+def test_zeros_detected_and_discards_ignored(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    with open_node("a", writable=True, detect_zeroes="on", discard=False) as node:
+        node.pwrite(b"x" * 131072, 0)
+        node.pwrite(bytes(65536), 0)
+        node.discard(65536, 65536)
+        assert [run.zero for run in node.extents(0, 131072)] == [True, False]
+    assert "not allowed without setting discard operation to unmap" in said(
+        "a", discard=False, detect_zeroes="unmap"
+    )
+
+
+def test_only_looking_needs_no_key_and_no_backing_file(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20, encryption=qcow2x.Encryption(key=b"k", iter_time_ms=10))
+    qcow2x.create("c", 1 << 20, backing_file="none", backing_format="qcow2")
+    with open_node("a", io=False) as node:
+        assert node.size == 1 << 20 and node.image is None
+    with open_node("c", io=False, backing=False) as node:
+        assert node.filename == "c" and node.full_backing_filename == "none"
+    with open_node("c", backing=False) as node, pytest.raises(qcow2x.ReferenceDenied):
+        node.pread(1, 0)
+
+
+def test_a_chain_in_a_circle(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20, backing_file="b", backing_format="qcow2")
+    qcow2x.create("b", 1 << 20, backing_file="a", backing_format="qcow2")
+    assert "is part of its own backing chain" in said("a")
+
+
+def test_relative_names_count_from_the_image(folder: Path) -> None:
+    (folder / "d").mkdir()
+    qcow2x.create("d/a", 1 << 20)
+    qcow2x.create("d/b", 1 << 20, backing_file="a", backing_format="qcow2")
+    with open_node("d/b") as node:
+        assert [n.filename for n in node.chain] == ["d/b", "d/a"]
+    with open_node({"driver": "qcow2", "file": {"driver": "file", "filename": "d/b"}}) as node:
+        assert node.filename == "d/b"
