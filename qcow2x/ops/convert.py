@@ -183,9 +183,7 @@ def convert(
                     # Nobody sees the file before it is whole and synced: the order of its writes
                     # needs no barriers of its own.
                     inner = "unsafe" if cache == "writeback" else cache
-                    target = _create_image(
-                        stack, new_file.path, wanted, inner, references, options
-                    )
+                    target = _create_image(stack, new_file.path, wanted, inner, references, options)
 
         if wanted < source.size:
             raise ValueError("output file is smaller than input file")
@@ -340,17 +338,15 @@ def _bitmap_source(source: Any, wanted: str) -> Any:
     if image is None or image.info().compat == "0.10":
         raise ValueError("Source lacks bitmap support")
     if wanted == "all":
-        for name in image.bitmaps:
-            if image.bitmaps[name].inconsistent:
+        for name, _, inconsistent in image.bitmaps.layout():
+            if inconsistent:
                 exc = CorruptImage(f"Cannot copy inconsistent bitmap '{name}'")
                 exc.path = image.name
                 raise exc
     return image
 
 
-def _copy_bitmaps(
-    source: Any, target: Any, wanted: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _copy_bitmaps(source: Any, target: Any, wanted: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """After the content, which they would take for changes. Names of those copied and left out."""
     copied: list[str] = []
     skipped: list[str] = []
@@ -359,12 +355,11 @@ def _copy_bitmaps(
     image = image_of(target)
     if image is None or image.info().compat == "0.10":
         raise ValueError("the target's format does not support bitmaps")
-    for name in source.bitmaps:
-        bitmap = source.bitmaps[name]
-        if bitmap.inconsistent:
+    for name, granularity, inconsistent in source.bitmaps.layout():
+        if inconsistent:
             skipped.append(name)
             continue
-        image.bitmaps.add(name, bitmap.granularity, bitmap.enabled)
+        image.bitmaps.add(name, granularity, source.bitmaps[name].enabled)
         image.bitmaps.merge(name, [(source, name)])
         copied.append(name)
     return tuple(copied), tuple(skipped)

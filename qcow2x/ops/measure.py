@@ -173,7 +173,7 @@ def _bitmap_bytes(disk: Any, layout: _Layout) -> int | None:
     if image is None or image.info().compat == "0.10":
         return None
     total = directory = 0
-    for name, granularity in image.bitmaps.layout():
+    for name, granularity, _ in image.bitmaps.layout():
         bits = -(-image.size // granularity)
         data = layout.whole(-(-bits // 8))
         total += data + layout.whole(data // layout.cluster_size * ENTRY)
