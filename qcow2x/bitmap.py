@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -268,9 +268,13 @@ def resizing(image: Image, size: int) -> Iterator[None]:
         image._track(Marks(size, min(tracked)) if tracked else None)
     try:
         yield
-    finally:
-        with frozen(image):
+    except BaseException:
+        # Where the storage failed, storing fails as well, and says less of why.
+        with suppress(OSError, ValueError), frozen(image):
             store(image)
+        raise
+    with frozen(image):
+        store(image)
 
 
 def replaced(image: Image, size: int, ranges: Callable[[], Iterable[tuple[int, int]]]) -> None:

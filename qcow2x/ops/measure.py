@@ -136,7 +136,7 @@ def _measure_qcow2(
     from qcow2x.image import PREALLOCATIONS
 
     if preallocation not in PREALLOCATIONS:
-        raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
+        raise ValueError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
     cluster = layout.cluster_size
     data = layout.whole(size)
     entries = -(-(data // cluster * layout.l2_entry) // cluster)

@@ -77,8 +77,8 @@ class RecordedFile:
         self._index = index
         self.start = bytes(data)
         self.data = bytearray(data)
-        #: The calls of these numbers, counted from 1 over writes, punches, truncates and flushes,
-        #: fail with ``error``; a failing write may leave its front half.
+        #: The calls of these numbers, counted from 1, fail with ``error``; a failing write may leave
+        #: its front half.
         self.failing: range | None = None
         self.error = errno.EIO
         self.half_written = False
@@ -88,6 +88,7 @@ class RecordedFile:
         return len(self.data)
 
     def pread(self, length: int, offset: int) -> bytes:
+        self._may_fail()
         return bytes(self.data[offset : offset + length])
 
     def pwrite(self, buffer: bytes, offset: int) -> int:
