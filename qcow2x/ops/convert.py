@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcow2x.errors import CorruptImage, Qcow2Error
 from qcow2x.ops.copyjob import COMPRESSION_TYPES, CopyJob, Damage, locate
-from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, image_of, is_disk, open_disk
+from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, image_of, is_disk, names_under, open_disk
 from qcow2x.ops.pipeline import usable_cpus
 from qcow2x.ops.rate import RateLimit
 from qcow2x.ops.target import NewFile, is_device, is_path
@@ -371,12 +371,10 @@ def _refuse_own_source(source: Any, dst: Any) -> None:
         there = os.stat(dst)
     except FileNotFoundError:
         return
-    layers = [source, *getattr(source, "backing_chain", ())]
-    for layer in layers:
-        name = getattr(layer, "path", None) or getattr(layer, "name", None)
+    for name in names_under(source):
         try:
-            same = name is not None and os.path.samestat(os.stat(name), there)
-        except (OSError, TypeError, ValueError):
+            same = os.path.samestat(os.stat(name), there)
+        except (OSError, ValueError):
             continue
         if same:
             raise ValueError(f"{os.fsdecode(dst)}: the target is one of the files to read from")
