@@ -16,7 +16,7 @@ from qcow2x.types import Extent, Progress
 
 DATA, ZERO, KEEP = "data", "zero", "keep"
 #: What ``process`` adds to those for ``finish``.
-PACKED, OFFLOAD, LOST = "packed", "offload", "lost"
+PACKED, OFFLOAD, LOST, FAILED = "packed", "offload", "lost", "failed"
 
 #: Bytes of guest data in one task: long enough that a task's fixed cost does not show, short
 #: enough that tasks stay in the processor's cache and a cancel is answered at once.
@@ -53,10 +53,10 @@ class _Slot:
         self.packed = memoryview(mmap.mmap(-1, nbytes)) if compress else memoryview(b"")
 
 
-def locate(exc: BaseException, doing: str, offset: int | None = None) -> None:
-    """Notes on an exception what was being done, and for which byte of the disk."""
+def locate(exc: BaseException, doing: str, offset: int | None = None, disk: int = 0) -> None:
+    """Notes on an exception what was being done, and for which byte of which disk."""
     if not hasattr(exc, "doing"):
-        exc.doing, exc.guest_offset = doing, offset  # type: ignore[attr-defined]
+        exc.doing, exc.guest_offset, exc.disk = doing, offset, disk  # type: ignore[attr-defined]
 
 
 def plan_runs(
@@ -309,7 +309,12 @@ class CopyJob:
             padded = -(-length // self.grain) * self.grain
             view = slot.raw[at : at + padded]
             at += padded
-            self.read(view[:length], offset, writes)
+            try:
+                self.read(view[:length], offset, writes)
+            except (OSError, Qcow2Error) as exc:
+                # Raised in its turn, so that the first one of the disk is the one that is told.
+                locate(exc, "reading", offset)
+                return [*writes, (FAILED, offset, exc)]
             if padded > length:
                 self.bulk.fill_zero(view[length:])
             for start, run in self.data_runs(view[:length], offset, writes):
@@ -330,9 +335,8 @@ class CopyJob:
     def read(self, view: memoryview, offset: int, writes: list[tuple[Any, ...]]) -> None:
         try:
             read_padded(self.source, view, offset)
-        except (OSError, Qcow2Error) as exc:
+        except (OSError, Qcow2Error):
             if not self.salvage:
-                locate(exc, "reading", offset)
                 raise
             for at in range(0, len(view), SECTOR):
                 self._read_sector(view[at : at + SECTOR], offset + at, writes)
@@ -376,6 +380,8 @@ class CopyJob:
         done = data = zero = packed_bytes = 0
         lost: list[Damage] = []
         for kind, offset, what, *packed in writes:
+            if kind == FAILED:
+                raise what
             if kind == LOST:
                 lost.append(what)
                 continue
