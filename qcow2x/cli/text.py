@@ -68,7 +68,7 @@ class ProgressBar:
         self._before: Any = None
 
     def __call__(self, done: int, total: int, phase: str) -> None:
-        self.show(100.0 * done / total if total else 100.0)
+        self.show(100.0 * done / total if total else 0.0)
 
     def show(self, percent: float) -> None:
         if self._asked:
@@ -96,6 +96,8 @@ class ProgressBar:
             signal.signal(signal.SIGUSR1, self._before)
         if self._shown:
             if kind is None:
+                # Once more, as the operation has more to do than what was counted.
+                self._last = -1.0
                 self.show(100.0)
             print(flush=True)
 

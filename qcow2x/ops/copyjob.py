@@ -152,7 +152,11 @@ class CopyJob:
         self.min_zero = self.grain if compress else min(max(sparse_size, self.grain), TASK_BYTES)
 
         self.counters = threading.Lock()
+        #: Progress is told in bytes that the source's metadata calls data: what takes time.
+        self.total = 0
         self.done = 0
+        self.told = -1
+        self.steps: deque[int] = deque()
         self.data_bytes = 0
         self.zero_bytes = 0
         self.compressed_bytes = 0
@@ -194,21 +198,34 @@ class CopyJob:
             min(threads, n_slots),
             in_order=self.in_order,
         )
+        if self.salvage or self.progress is not None:
+            self._look_ahead()
         self.report(0)
-        if self.salvage:
-            # What is in doubt is told before anything is copied.
-            for _ in self._salvaged_extents():
-                self._tell_damage([], self.size)
         try:
-            pipeline.run(lambda: self.report(self.done))
+            pipeline.run(self._tick)
         finally:
             if self.rate is not None:
                 self.rate.stop()
         self._tell_damage([], self.size)
-        self.report(self.size)
+        if self.told < self.total:
+            self.report(self.total)
+
+    def _look_ahead(self) -> None:
+        """How much there is to copy, and what is in doubt: told before anything is."""
+        for kind, start, end in plan_runs(self.extents(), self.size, self.grain, self.kind_of):
+            if kind == DATA:
+                self.total += end - start
+            self._tell_damage([], self.size)
+        self._tell_damage([], self.size)
+
+    def _tick(self) -> None:
+        while self.steps:
+            self.report(self.steps.popleft())
+        self.report(self.done)
 
     def report(self, done: int) -> None:
-        if self.progress is not None and self.progress(done, self.size, "convert") is False:
+        self.told = done
+        if self.progress is not None and self.progress(done, self.total, "convert") is False:
             if self.rate is not None:
                 self.rate.stop()
             raise Cancelled("conversion cancelled; the target was not made")
@@ -266,12 +283,11 @@ class CopyJob:
         room = self.task_bytes
         for kind, start, end in plan_runs(self.extents(), self.size, self.grain, self.kind_of):
             if kind == KEEP:
-                self.count(end - start)
                 continue
             if kind == ZERO:
                 # What reads as zeros anyway needs no write.
                 stop = min(end, max(start, self.zero_from))
-                self.count(end - stop, zero=end - stop)
+                self.count(zero=end - stop)
                 if task and start < stop:
                     yield task
                     task, room = [], self.task_bytes
@@ -295,8 +311,12 @@ class CopyJob:
 
     # The heavy part: any thread, any order.
 
-    def process(self, task: list[Run], slot: _Slot) -> list[tuple[Any, ...]]:
-        """Read a task, find its zeros, compress it; returns what ``finish`` has to write."""
+    def process(self, task: list[Run], slot: _Slot) -> tuple[int, list[tuple[Any, ...]]]:
+        """Read a task, find its zeros, compress it; returns how many bytes it has of what progress
+        counts, and what ``finish`` has to write."""
+        return sum(run[2] for run in task if run[0] == DATA), self._writes_for(task, slot)
+
+    def _writes_for(self, task: list[Run], slot: _Slot) -> list[tuple[Any, ...]]:
         writes: list[tuple[Any, ...]] = []
         at = used = 0
         for kind, offset, length in task:
@@ -376,8 +396,9 @@ class CopyJob:
 
     # The writes: in task order for an image.
 
-    def finish(self, writes: list[tuple[Any, ...]]) -> None:
-        done = data = zero = packed_bytes = 0
+    def finish(self, result: tuple[int, list[tuple[Any, ...]]]) -> None:
+        done, writes = result
+        data = zero = packed_bytes = 0
         lost: list[Damage] = []
         for kind, offset, what, *packed in writes:
             if kind == FAILED:
@@ -386,7 +407,6 @@ class CopyJob:
                 lost.append(what)
                 continue
             nbytes = what if kind in (ZERO, OFFLOAD) else len(what)
-            done += nbytes
             try:
                 self.write(kind, offset, what, packed)
             except (OSError, Qcow2Error) as exc:
@@ -437,9 +457,11 @@ class CopyJob:
             if self.on_damage is not None:
                 self.on_damage(damage)
 
-    def count(self, done: int, *, data: int = 0, zero: int = 0, packed: int = 0) -> None:
+    def count(self, done: int = 0, *, data: int = 0, zero: int = 0, packed: int = 0) -> None:
         with self.counters:
-            self.done += done
+            before, self.done = self.done, self.done + done
+            if self.total and 100 * self.done // self.total > 100 * before // self.total:
+                self.steps.append(self.done)
             self.data_bytes += data
             self.zero_bytes += zero
             self.compressed_bytes += packed
