@@ -88,14 +88,14 @@ def main(argv: list[str]) -> int:
     wanted = None if snapshot is None else Wanted(snapshot)
     _refuse_conflicts(parsed)
     format = parsed.value("output-format", None if parsed.flag("target-image-opts") else "raw")
-    *sources, target = parsed.args or [None]
     if wants_help(lists):
         if format is None:
             raise CommandError("Option help requires a format be specified")
-        print_option_help(format, target if sources else None)
+        print_option_help(format, parsed.args[-1] if len(parsed.args) > 1 else None)
         return 0
-    if target is None or not sources:
+    if len(parsed.args) < 2:
         raise CommandError("Must specify image file name")
+    *sources, target = parsed.args
     _check_cache_modes(parsed)
     secrets = read_objects(parsed.values("object"))
     quiet = parsed.flag("quiet")
@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
             if destination.size < sum(disk.size for disk in disks):
                 raise CommandError("output file is smaller than input file")
         result = _convert(parsed, disks, destination, target, format, options | numbers, bar)
+        bar.finish()
     for name in result.skipped_bitmaps:
         warn(f"Skipping inconsistent bitmap '{name}'")
     return 0
@@ -264,7 +265,7 @@ def _target_options(
     n_sources: int,
 ) -> dict[str, Any]:
     """How the target is to be made, under the names of the library."""
-    backing = (parsed.values("target-backing") + parsed.values("backing") or [None])[-1]
+    backing = parsed.value("target-backing", parsed.value("backing"))
     given = None
     if not parsed.flag("no-create"):
         given = FormatOptions(descriptions_for(format or "", target))

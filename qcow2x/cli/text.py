@@ -78,6 +78,11 @@ class ProgressBar:
             self._last = percent
             print(f"    ({percent:.2f}/100%)\r", end="", flush=True)
 
+    def finish(self) -> None:
+        """Tells the end, also where the operation itself came to 100 percent before."""
+        self._last = -1.0
+        self.show(100.0)
+
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
 
@@ -96,8 +101,6 @@ class ProgressBar:
             signal.signal(signal.SIGUSR1, self._before)
         if self._shown:
             if kind is None:
-                # Once more, as the operation has more to do than what was counted.
-                self._last = -1.0
                 self.show(100.0)
             print(flush=True)
 

@@ -425,10 +425,11 @@ class CopyJob:
     @staticmethod
     def _end_of(writes: list[tuple[Any, ...]]) -> int:
         """The last byte of the disk that these concern."""
-        return max(
-            offset + (what if isinstance(what, int) else SECTOR if kind == LOST else len(what)) - 1
-            for kind, offset, what, *_ in writes
-        )
+        last = 0
+        for kind, offset, what, *_ in writes:
+            nbytes = SECTOR if kind == LOST else what if isinstance(what, int) else len(what)
+            last = max(last, offset + nbytes - 1)
+        return last
 
     def write(self, kind: str, offset: int, what: Any, packed: list[Any]) -> None:
         if kind == OFFLOAD:
