@@ -103,9 +103,9 @@ def test_what_the_format_forbids_is_refused(tmp_path: Path) -> None:
             image.snapshots.create("s")
         with pytest.raises(qcow2x.UnsupportedFeature):
             image.pwrite_compressed(bytes(65536), 0)
-    with pytest.raises(ValueError, match="data_file"):
+    with pytest.raises(ValueError, match="data-file"):
         qcow2x.create(path, SIZE, data_file_raw=True)
-    with pytest.raises(ValueError, match="compat"):
+    with pytest.raises(ValueError, match="External data files"):
         qcow2x.create(path, SIZE, data_file=tmp_path / "x", compat="0.10")
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcow2x.cli.create import library_options, options_of, print_option_help, read_options
+from qcow2x.cli.create import print_option_help, qcow2_arguments
+from qcow2x.cli.formatopts import (
+    FormatOptions,
+    create_descriptions,
+    join_option_lists,
+    wants_help,
+)
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
     PROGRESS,
@@ -15,7 +21,6 @@ from qcow2x.cli.options import (
     number,
     parse,
     parse_size,
-    wants_option_help,
 )
 from qcow2x.cli.text import ProgressBar
 
@@ -49,15 +54,15 @@ USAGE = (
 def main(argv: list[str]) -> int:
     parsed = parse("convert", USAGE, OPTIONS, argv)
     target_format = parsed.value("output-format", "raw") or ""
-    known = options_of(target_format) if target_format in ("qcow2", "raw") else {}
-    if wants_option_help(parsed.values("options")):
-        print_option_help(target_format, known)
+    lists = join_option_lists(parsed.values("options"))
+    if wants_help(lists):
+        print_option_help(target_format, parsed.args[-1] if parsed.args else None)
         return 0
     threads = parsed.value("parallel")
     workers = None if threads is None else number(threads, "number of threads", 1, 16, 1)
     if len(parsed.args) < 2:
         raise UsageError("Must specify image file name")
-    if not known:
+    if target_format not in ("qcow2", "raw"):
         raise ValueError(f"Unknown file format '{target_format}'")
     no_create = parsed.flag("no-create")
     if parsed.flag("target-is-zero") and not no_create:
@@ -84,19 +89,25 @@ def main(argv: list[str]) -> int:
             snapshot=parsed.value("snapshot"),
             lock=not parsed.flag("force-share"),
             progress=bar,
-            **_target_options(parsed, known, target),
+            **_target_options(parsed, target_format, lists, target),
         )
     return 0
 
 
-def _target_options(parsed: Any, known: dict[str, tuple[str, str]], target: str) -> dict[str, Any]:
-    given = read_options(parsed.values("options"), known, target)
-    options = library_options(given)
+def _target_options(parsed: Any, format: str, lists: str, target: str) -> dict[str, Any]:
+    given = FormatOptions(create_descriptions(format))
+    given.parse(lists)
+    names = set(given.given())
     for unsupported in ("data_file", "data_file_raw"):
-        if unsupported in options:
+        if unsupported in names:
             raise ValueError(f"{target}: '{unsupported}' cannot be used for a target of convert")
-    if "size" in given:
-        options["size"] = given["size"]
+    arguments = qcow2_arguments(given, {}) if format == "qcow2" else {}
+    wanted = {"backing_format" if name == "backing_fmt" else name for name in names}
+    options = {name: value for name, value in arguments.items() if name in wanted}
+    if format == "raw" and "preallocation" in names:
+        options["preallocation"] = given.text("preallocation")
+    if "size" in names:
+        options["size"] = given.number("size")
     backing = parsed.value("backing") or parsed.value("target-backing")
     if backing is not None:
         options["backing_file"] = backing
@@ -113,7 +124,7 @@ def _sparse_size(text: str | None) -> int:
     if text is None:
         return 4096
     value = parse_size(text)
-    if value is None or value % 512 or value > 16 << 20:
+    if value is None or value % 512 or not 0 <= value <= 16 << 20:
         raise UsageError(
             f"Invalid buffer size for sparse output specified: '{text}'. Valid sizes are multiples "
             "of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output)."

@@ -1,196 +1,267 @@
-"""``qcow2x create``: a new, empty qcow2 or raw image."""
+"""``create``: a new, empty image in any of the formats that can be made here."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from qcow2x.cli.formatopts import (
+    Description,
+    FormatOptions,
+    create_descriptions,
+    help_lines,
+    join_option_lists,
+    wants_help,
+)
+from qcow2x.cli.objects import read_objects
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
+    OBJECT,
     QUIET,
     Option,
     UsageError,
     image_size,
-    on_off,
     parse,
-    parse_size,
-    split_options,
-    wants_option_help,
 )
+from qcow2x.cli.report import CommandError
 
 OPTIONS = (
     QUIET,
-    Option("f", "format", "FMT", "format of the new image: qcow2 or raw (default)"),
+    OBJECT,
+    Option("f", "format", "FMT", "format of the new image: qcow2, luks or raw (default)"),
     Option("b", "backing", "FILE", "backing file, whose content shows through"),
     Option("F", "backing-format", "FMT", "format of the backing file (required with -b)"),
     Option("u", "backing-unsafe", None, "do not open the backing file to look at it"),
     CREATE_OPTIONS,
 )
-USAGE = "[-q] [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTS] FILE [SIZE]"
+USAGE = "[-q] [--object OBJECT] [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTS] FILE [SIZE]"
 
-_TYPES = {"str": "<str>", "size": "<size>", "num": "<num>", "bool": "<bool (on/off)>"}
-
-#: Name, kind and help of what ``-o`` takes.
-QCOW2_OPTIONS = {
-    "backing_file": ("str", "File name of a base image"),
-    "backing_fmt": ("str", "Image format of the base image"),
-    "cluster_size": ("size", "qcow2 cluster size"),
-    "compat": ("str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
-    "compression_type": ("str", "Compression method used for image cluster compression"),
-    "data_file": ("str", "File name of an external data file"),
-    "data_file_raw": ("bool", "The external data file must stay valid as a raw image"),
-    "extended_l2": ("bool", "Extended L2 tables"),
-    "lazy_refcounts": ("bool", "Postpone refcount updates"),
-    "preallocation": ("str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
-    "refcount_bits": ("num", "Width of a reference count entry in bits"),
-    "size": ("size", "Virtual disk size"),
-}
-RAW_OPTIONS = {
-    "preallocation": ("str", "Preallocation mode (allowed values: off, falloc, full)"),
-    "size": ("size", "Virtual disk size"),
-}
-#: Which come first in the line that create prints, and what they are when not given.
-_QCOW2_ORDER = (
-    ("cluster_size", 65536),
-    ("extended_l2", False),
-    ("preallocation", None),
-    ("compression_type", "zlib"),
-    ("size", None),
-    ("compat", None),
-    ("data_file", None),
-    ("data_file_raw", None),
-    ("backing_file", None),
-    ("backing_fmt", None),
-    ("lazy_refcounts", False),
-    ("refcount_bits", 16),
-)
-_RAW_ORDER = (("size", None), ("preallocation", None))
+#: Formats that are known by name but never made.
+READ_ONLY_FORMATS = ("bochs", "cloop", "dmg", "blkdebug", "compress", "copy-on-read", "null-co")
+#: Protocols that nothing can be created over.
+FOREIGN_PROTOCOLS = ("nbd", "blkdebug", "json", "null-co")
+_SECTOR = 512
 
 
 def main(argv: list[str]) -> int:
     parsed = parse("create", USAGE, OPTIONS, argv)
     format = parsed.value("format", "raw") or ""
-    known = options_of(format, parsed.args[0] if parsed.args else "")
-    if wants_option_help(parsed.values("options")):
-        print_option_help(format, known)
+    path = parsed.args[0] if parsed.args else None
+    lists = join_option_lists(parsed.values("options"))
+    if wants_help(lists):
+        print_option_help(format, path)
         return 0
-    if not parsed.args:
+    if path is None:
         raise UsageError("Expecting image file name")
+    size = image_size(parsed.args[1]) if len(parsed.args) > 1 else None
     if len(parsed.args) > 2:
         raise UsageError(f"Unexpected argument: {parsed.args[2]}")
-    path = parsed.args[0]
-    given = read_options(parsed.values("options"), known, path)
-    if parsed.value("backing") is not None:
-        given["backing_file"] = parsed.value("backing")
-    if parsed.value("backing-format") is not None:
-        given["backing_fmt"] = parsed.value("backing-format")
-    if len(parsed.args) == 2:
-        given["size"] = image_size(parsed.args[1])
-
-    backing = given.get("backing_file")
-    if backing is not None:
-        _check_backing(path, given, unsafe=parsed.flag("backing-unsafe"))
-    if "size" not in given:
-        raise UsageError(f"{path}: Image creation needs a size parameter")
-    if not parsed.flag("quiet"):
-        order = _QCOW2_ORDER if format == "qcow2" else _RAW_ORDER
-        print(f"Formatting '{path}', fmt={format} {_describe(given, order)}", flush=True)
-    _create(path, format, given)
+    secrets = read_objects(parsed.values("object"))
+    try:
+        options = _read(
+            path, format, lists, size, parsed.value("backing"), parsed.value("backing-format")
+        )
+        _check_backing(path, options, unsafe=parsed.flag("backing-unsafe"))
+        detached = format == "luks" and options.flag("detached-header")
+        if options.number("size") is None and not detached:
+            raise CommandError("Image creation needs a size parameter")
+        if not parsed.flag("quiet"):
+            print(f"Formatting '{path}', fmt={format} {options.described()}", flush=True)
+        create_image(path, format, options, secrets)
+    except CommandError as exc:
+        raise CommandError(f"{path}: {exc}", hint=exc.hint) from exc
     return 0
 
 
-def options_of(format: str, path: str = "") -> dict[str, tuple[str, str]]:
-    """What ``-o`` takes for a new image of *format*; raises ValueError for a format unknown."""
-    if format == "qcow2":
-        return QCOW2_OPTIONS
-    if format == "raw":
-        return RAW_OPTIONS
-    raise ValueError(f"{path}: Unknown file format '{format}'")
+def print_option_help(format: str, path: str | None) -> None:
+    """What ``-o`` takes; with a file name also what the protocol of that takes."""
+    known = _descriptions(format, path)
+    print("Supported options:" if path is not None else f"Supported {format} options:")
+    print("\n".join(help_lines(known)))
+    if path is None:
+        print("\nThe protocol level may support further options.")
+        print("Specify the target filename to include those options.")
 
 
-def print_option_help(format: str, known: dict[str, tuple[str, str]]) -> None:
-    print(f"Supported {format} options:")
-    for name, (kind, text) in known.items():
-        left = f"{name}={_TYPES[kind]}"
-        print(f"  {left:<22} - {text}")
+def _descriptions(format: str, path: str | None) -> list[Description]:
+    known = create_descriptions(format, None)
+    if not known:
+        if format in READ_ONLY_FORMATS:
+            raise CommandError(f"Format driver '{format}' does not support image creation")
+        raise CommandError(f"Unknown file format '{format}'")
+    return known if path is None else create_descriptions(format, protocol_of(path))
 
 
-def read_options(lists: list[str], known: dict[str, tuple[str, str]], path: str) -> dict[str, Any]:
-    """The values of all ``-o`` arguments, typed."""
-    values: dict[str, Any] = {}
-    for name, text in split_options(lists).items():
-        if name not in known:
-            raise ValueError(f"{path}: Invalid parameter '{name}'")
-        kind = known[name][0]
-        if kind == "bool":
-            values[name] = on_off(name, text)
-        elif kind == "size":
-            number = parse_size(text)
-            if number is None:
-                raise UsageError(f"{path}: Parameter '{name}' expects a size, not '{text}'")
-            values[name] = number
-        elif kind == "num":
-            if not text.isdecimal():
-                raise UsageError(f"{path}: Parameter '{name}' expects a number, not '{text}'")
-            values[name] = int(text)
-        else:
-            values[name] = text
-    return values
+def protocol_of(path: str) -> str:
+    """The protocol that a file name stands for. Raises CommandError if nothing can be created so."""
+    head, colon, _ = path.partition(":")
+    if not colon or "/" in head or head == "file":
+        return "file"
+    if head in FOREIGN_PROTOCOLS or head.startswith("nbd"):
+        raise CommandError(f"Protocol driver '{head}' does not support image creation")
+    raise CommandError(f"Unknown protocol '{head}'")
 
 
-def library_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Options under the names that :func:`qcow2x.create` gives them."""
-    names = {"backing_fmt": "backing_format"}
-    options = {names.get(k, k): v for k, v in given.items() if k != "size"}
-    if options.get("compat") in ("v2", "v3"):
-        options["compat"] = {"v2": "0.10", "v3": "1.1"}[options["compat"]]
+def _read(
+    path: str,
+    format: str,
+    lists: str,
+    size: int | None,
+    backing: str | None,
+    backing_format: str | None,
+) -> FormatOptions:
+    options = FormatOptions(_descriptions(format, path))
+    options.parse(lists)
+    if options.number("size") is not None:
+        if size is not None:
+            raise CommandError("The image size must be specified only once")
+    elif size is not None:
+        options.set("size", str(size))
+    if backing is not None:
+        if not options.knows("backing_file"):
+            raise CommandError(f"Backing file not supported for file format '{format}'")
+        options.set("backing_file", backing)
+    if backing_format is not None:
+        if not options.knows("backing_fmt"):
+            raise CommandError(f"Backing file format not supported for file format '{format}'")
+        options.set("backing_fmt", backing_format)
+    name = options.text("backing_file")
+    if name == path:
+        raise CommandError(
+            "Error: Trying to create an image with the same filename as the backing file"
+        )
+    if name == "":
+        raise CommandError("Expected backing file name, got empty string")
     return options
 
 
-def _check_backing(path: str, given: dict[str, Any], *, unsafe: bool) -> None:
+def _check_backing(path: str, options: FormatOptions, *, unsafe: bool) -> None:
     """The backing file can be opened, and gives the disk its size if nothing else does."""
-    if not given.get("backing_fmt"):
-        raise UsageError(f"{path}: Backing file specified without backing format")
+    name, format = options.text("backing_file"), options.text("backing_fmt")
+    if name is None:
+        return
+    no_format = "Backing file specified without backing format"
     if unsafe:
+        if format is None:
+            raise CommandError(no_format)
         return
-    from qcow2x.ops.disk import open_disk
+    from qcow2x.cli.words import hint, reason
+    from qcow2x.drivers import open_node
+    from qcow2x.drivers.naming import full_backing_name
 
-    name = os.path.join(os.path.dirname(path), given["backing_file"])
-    disk, _ = open_disk(name, given["backing_fmt"], references="follow")
     try:
-        given.setdefault("size", -(-disk.size // 512) * 512)
-    finally:
-        disk.close()
+        node = open_node(full_backing_name(path, name), format=format, io=False, force_share=True)
+    except Exception as exc:
+        more = f"{hint(exc)}\nCould not open backing image.".lstrip()
+        raise CommandError(reason(exc), hint=more) from exc
+    with node:
+        if format is None:
+            raise CommandError(no_format, hint=f"Detected format of {node.driver}.")
+        if options.number("size") is None:
+            options.set("size", str(node.size))
 
 
-def _describe(given: dict[str, Any], order: tuple[tuple[str, Any], ...]) -> str:
-    words = []
-    for name, default in order:
-        value = given.get(name, default)
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        words.append(f"{name}={str(value).replace(',', ',,')}")
-    return " ".join(words)
+# ---- Making it -----------------------------------------------------------------------------------
 
 
-def _create(path: str, format: str, given: dict[str, Any]) -> None:
-    if format == "qcow2":
-        import qcow2x
+def create_image(path: str, format: str, options: FormatOptions, secrets: dict[str, bytes]) -> None:
+    """Makes the image. Raises CommandError in QEMU's words, or what the library raises."""
+    from qcow2x.ops.create import DiskTooLarge
 
-        qcow2x.create(path, given["size"], **library_options(given))
-        return
-    from qcow2x.ops.disk import RawDisk
-    from qcow2x.ops.target import NewFile, is_device
+    target = path.removeprefix("file:")
+    size = options.number("size") or 0
+    size += -size % _SECTOR
+    hints = {
+        "nocow": options.flag("nocow"),
+        "extent_size_hint": options.number("extent_size_hint") or 0,
+    }
+    try:
+        if format == "qcow2":
+            import qcow2x
 
-    size = -(-given["size"] // 512) * 512
-    if is_device(path):
-        with RawDisk(path, "r+") as device:
-            if device.size < size:
-                raise ValueError(f"{path}: the device has only {device.size} bytes")
-        return
-    with NewFile(path) as new_file:
-        with RawDisk(new_file.path, "r+") as disk:
-            disk.resize(size, preallocation=given.get("preallocation", "off"))
-        new_file.commit()
+            qcow2x.create(target, size, **qcow2_arguments(options, secrets), **hints)
+            return
+        from qcow2x.ops import newfile
+
+        mode = _preallocation(options)
+        if format == "luks":
+            newfile.create_luks(
+                target,
+                size,
+                _encryption("luks", options, "", secrets),
+                preallocation=mode,
+                detached_header=options.flag("detached-header"),
+                **hints,
+            )
+        else:
+            newfile.create_raw(target, size, preallocation=mode, **hints)
+    except DiskTooLarge as exc:
+        hint = " (try using a larger cluster size)" if options.number("cluster_size") else ""
+        raise CommandError(f"The image size is too large for file format '{format}'{hint}") from exc
+
+
+_COMPAT = {"0.10": "0.10", "1.1": "1.1", "v2": "0.10", "v3": "1.1"}
+
+
+def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[str, Any]:
+    """The options under the names that :func:`qcow2x.create` has for them."""
+    arguments: dict[str, Any] = {
+        "cluster_size": options.number("cluster_size"),
+        "refcount_bits": options.number("refcount_bits"),
+        "extended_l2": options.flag("extended_l2"),
+        "lazy_refcounts": options.flag("lazy_refcounts"),
+        "data_file_raw": options.flag("data_file_raw"),
+        "compression_type": options.text("compression_type"),
+        "backing_file": options.text("backing_file"),
+        "backing_format": options.text("backing_fmt"),
+        "data_file": options.text("data_file"),
+        "preallocation": options.text("preallocation") or "off",
+    }
+    compat = options.text("compat") or "1.1"
+    arguments["compat"] = _COMPAT.get(compat, compat)
+    format = options.text("encrypt.format")
+    if options.text("encryption") is not None:
+        if format is not None:
+            raise CommandError(
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time"
+            )
+        format = "aes" if options.flag("encryption") else None
+    if format is not None:
+        arguments["encryption"] = _encryption(format, options, "encrypt.", secrets)
+    elif any(name.startswith("encrypt.") for name in options.given()):
+        raise CommandError("Parameter 'encrypt.format' is missing")
+    return arguments
+
+
+def _encryption(format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]) -> Any:
+    from qcow2x.encryption import Encryption
+
+    if format == "qcow":
+        format = "aes"
+    if format not in ("aes", "luks"):
+        raise CommandError(f"Parameter '{prefix}format' does not accept value '{format}'")
+    if format == "aes":
+        for name in options.given():
+            if name.startswith(prefix) and name[len(prefix) :] not in ("format", "key-secret"):
+                raise CommandError(f"Parameter '{name}' is unexpected")
+    name = options.text(f"{prefix}key-secret")
+    if name is None:
+        raise CommandError(f"Parameter '{prefix}key-secret' is required for cipher")
+    if name not in secrets:
+        raise CommandError(f"No secret with id '{name}'")
+    given = {
+        "cipher": options.text(f"{prefix}cipher-alg"),
+        "mode": options.text(f"{prefix}cipher-mode"),
+        "ivgen": options.text(f"{prefix}ivgen-alg"),
+        "ivgen_hash": options.text(f"{prefix}ivgen-hash-alg"),
+        "hash": options.text(f"{prefix}hash-alg"),
+        "iter_time_ms": options.number(f"{prefix}iter-time"),
+    }
+    known = {key: value for key, value in given.items() if value is not None}
+    return Encryption(secrets[name], format=format, **known)
+
+
+def _preallocation(options: FormatOptions) -> str:
+    mode = options.text("preallocation") or "off"
+    if mode not in ("off", "metadata", "falloc", "full"):
+        raise CommandError(f"Parameter 'preallocation' does not accept value '{mode}'")
+    return mode

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from qcow2x.cli.report import CommandError
+from qcow2x.sizes import parse_size
 
 _KINDS = {"str": "str", "bool": "bool (on/off)", "num": "num", "size": "size"}
-_SIZE = re.compile(r"(0x[0-9a-f]+)|(-?\d+)?(?:(\.\d*))?([bkmgtpe]?)", re.IGNORECASE)
-_SHIFTS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
@@ -283,28 +282,4 @@ def _size(name: str, text: str) -> int:
         )
     if not 0 <= value < 1 << 64:
         raise CommandError(f"Value '{text}' is out of range for parameter '{name}'")
-    return value
-
-
-def parse_size(text: str) -> int | None:
-    """Bytes of a size like ``64k``, ``1.5G`` or ``0x200``; None for what is none. Negative, or
-    2^64 and more, for what is out of range."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    hexadecimal, whole, fraction, suffix = match.groups()
-    if hexadecimal is not None:
-        return int(hexadecimal, 16)
-    if whole is None and (fraction is None or fraction == "."):
-        return None
-    digits = (fraction or ".")[1:]
-    if whole is not None and whole.startswith("-"):
-        # A number below zero is one out of range; with anything behind it, it is none at all.
-        return int(whole) if not suffix and fraction is None else None
-    shift = _SHIFTS[suffix.lower()]
-    if not shift and digits.strip("0"):
-        return None
-    value = int(whole or "0") << shift
-    if digits:
-        value += (int(digits) * (1 << shift) + 10 ** len(digits) // 2) // 10 ** len(digits)
     return value

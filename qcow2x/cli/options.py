@@ -99,11 +99,12 @@ def image_size(text: str, what: str = "image size") -> int:
     """A size in bytes from the command line; raises CommandError in qemu-img's words."""
     value = parse_size(text)
     if value is None:
+        # Two messages, each with the name in front, as qemu-img has it.
         raise CommandError(
-            f"Invalid {what} specified: '{text}'. You may use k, M, G, T, P or E suffixes for "
-            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+            f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for",
+            hint=f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
         )
-    if value > MAX_SIZE:
+    if not 0 <= value <= MAX_SIZE:
         raise CommandError(f"Invalid {what} specified. Must be between 0 and {MAX_SIZE}.")
     return value
 

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     path, text = args
     sign = text[0] if text[:1] in "+-" else ""
     amount = parse_size(text[len(sign) :])
-    if amount is None:
+    if amount is None or amount < 0:
         raise UsageError(f"Invalid size: '{text}' (k, M, G, T, P and E are possible suffixes)")
     preallocation = parsed.value("preallocation", "off") or ""
     if preallocation not in ("off", "metadata", "falloc", "full"):

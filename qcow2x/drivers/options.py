@@ -164,7 +164,7 @@ def take_size(options: Options, key: str) -> int | None:
     nbytes = parse_size(as_text(value))
     if nbytes is None:
         raise OptionError(f"Parameter '{key}' expects a non-negative number below 2^64", _SIZE_HINT)
-    if nbytes > MAX_SIZE:
+    if not 0 <= nbytes <= MAX_SIZE:
         raise OptionError(f"Value '{value}' is out of range for parameter '{key}'")
     return nbytes
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import index
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
 
 from qcow2x._core.header import Header
 from qcow2x._core.layout import (
@@ -29,6 +31,8 @@ StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 #: Disks are whole sectors: a reader that counts in sectors would lose the bytes of half a one.
 SECTOR = 512
+#: Extended L2 entries have 32 subclusters of at least one sector.
+MIN_EXTENDED_CLUSTER = 16384
 COMPAT_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 COMPRESSION_TYPES = {"zlib": 0, "zstd": 1}
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
@@ -37,6 +41,10 @@ BACKING_FORMATS = frozenset(
     ("bochs", "cloop", "dmg", "luks", "parallels", "qcow")
     + ("qcow2", "qed", "raw", "vdi", "vhdx", "vmdk", "vpc")
 )
+
+
+class DiskTooLarge(ValueError):
+    """No image of this cluster size can hold the disk."""
 
 
 def create(
@@ -55,6 +63,8 @@ def create(
     data_file: str | os.PathLike[str] | None = None,
     data_file_raw: bool = False,
     encryption: Encryption | None = None,
+    nocow: bool = False,
+    extent_size_hint: int = 0,
 ) -> None:
     """Makes a new, empty qcow2 image, durable when the call returns.
 
@@ -78,27 +88,32 @@ def create(
     extended_l2         clusters of at least 16 KiB
     compression_type    ``zlib`` or ``zstd``
     encryption          an :class:`qcow2x.Encryption`; takes its ``iter_time_ms`` at least
+    nocow               asks btrfs not to copy on write; elsewhere it does nothing
+    extent_size_hint    asks XFS for extents of so many bytes; elsewhere it does nothing
     ==================  =====================================================================
 
     Raises ValueError for an argument out of its range, UnsupportedFeature for what cannot be
     created here, ImageLocked if another program has the existing image open, FormatError if the backing file is not what ``backing_format`` says, and
     OSError (NoSpace, StorageError) from the file.
     """
-    data_name = _data_name(data_file, data_file_raw, backing_file, compat)
-    version = _one_of("compat", compat, COMPAT_VERSIONS)
-    compression = _one_of("compression_type", compression_type, COMPRESSION_TYPES)
-    cluster_bits = _cluster_bits(cluster_size)
-    refcount_order = _refcount_order(refcount_bits)
-    _check_version(version, refcount_bits, lazy_refcounts, extended_l2, compression_type)
-    if extended_l2 and cluster_size < 16384:
+    version = _one_of("version", compat, COMPAT_VERSIONS)
+    if preallocation not in PREALLOCATIONS:
+        raise ValueError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
+    compression = _one_of("compression-type", compression_type, COMPRESSION_TYPES)
+    if extended_l2 and version < 3:
+        raise _needs_version_3("Extended L2 entries are only supported with")
+    cluster_bits = _cluster_bits(cluster_size, extended_l2)
+    if backing_file is not None and preallocation != "off" and not extended_l2:
         raise ValueError(
-            f"extended_l2 needs a cluster_size of at least 16384 bytes, not {cluster_size}"
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
     backing_name = _backing_name(backing_file, backing_format)
-    if preallocation not in PREALLOCATIONS:
-        raise ValueError(f"preallocation must be one of {', '.join(PREALLOCATIONS)}")
-    if preallocation != "off" and backing_name is not None and not extended_l2:
-        raise ValueError("preallocation with a backing file needs extended_l2=True")
+    if lazy_refcounts and version < 3:
+        raise _needs_version_3("Lazy refcounts only supported with")
+    refcount_order = _refcount_order(refcount_bits, version)
+    data_name = _data_name(data_file, data_file_raw, backing_file, version)
+    if compression and version < 3:
+        raise _needs_version_3("Non-zlib compression type is only supported with")
     header = Header.new(
         _disk_size(size, path, backing_name, backing_format, cluster_bits, extended_l2),
         cluster_bits=cluster_bits,
@@ -120,7 +135,11 @@ def create(
             preallocation = "metadata"
     header.encode()  # raises ValueError if the names do not fit in a cluster
     _refuse_own_backing(path, backing_name)
-    with _target(path) as storage, _data_target(path, data_name, header.size):
+    hints = Hints(nocow, extent_size_hint)
+    with (
+        open_target(path, hints) as storage,
+        _data_target(path, data_name, header.size, hints),
+    ):
         if preallocation == "off":
             write_empty_image(storage, header, luks_area)
         else:
@@ -165,7 +184,7 @@ def _encrypt(
         raise ValueError("a raw data file reads as the disk by itself: it cannot be encrypted")
     if preallocation != "off":
         encryption.refuse_preallocation(header.version)
-    luks_area = encryption.new_area(_name_of(path))
+    luks_area = encryption.new_area(name_of(path))
     # Where that will lie is known when the tables are laid out.
     header.set_encryption(encryption.format, header.cluster_size, len(luks_area))
     return luks_area
@@ -175,24 +194,24 @@ def _data_name(
     data_file: str | os.PathLike[str] | None,
     raw: bool,
     backing_file: str | os.PathLike[str] | None,
-    compat: str,
+    version: int,
 ) -> str | None:
     if data_file is None:
         if raw:
-            raise ValueError("data_file_raw needs a data_file")
+            raise ValueError("data-file-raw requires data-file")
         return None
     name = os.fsdecode(data_file)
     if not name or "\0" in name or not _is_plain_path(name):
         raise ValueError("data_file must be a plain path")
     if raw and backing_file is not None:
-        raise ValueError("a raw data file is the whole disk: it cannot have a backing_file")
-    if COMPAT_VERSIONS.get(compat, 3) < 3:
-        raise ValueError("data_file needs compat='1.1' or newer")
+        raise ValueError("Backing file and data-file-raw cannot be used at the same time")
+    if version < 3:
+        raise _needs_version_3("External data files are only supported with")
     return name
 
 
 @contextmanager
-def _data_target(path: Source, name: str | None, size: int) -> Iterator[None]:
+def _data_target(path: Source, name: str | None, size: int, hints: Hints) -> Iterator[None]:
     """The empty data file, removed again if the body fails. As QEMU has it, a relative name counts
     from the working folder, not from that of the image."""
     if name is None:
@@ -201,7 +220,7 @@ def _data_target(path: Source, name: str | None, size: int) -> Iterator[None]:
     if _is_path(path) and os.path.exists(path) and os.path.exists(name):
         if os.path.samefile(path, name):
             raise ValueError(f"{name!r} cannot be its own data file")
-    with _target(name) as storage:
+    with open_target(name, hints) as storage:
         storage.truncate(0)
         storage.truncate(size)
         storage.flush()
@@ -212,39 +231,32 @@ def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
     try:
         return choices[value]
     except (KeyError, TypeError):
-        names = ", ".join(map(repr, choices))
-        raise ValueError(f"{argument} must be one of {names}, not {value!r}") from None
+        raise ValueError(f"Parameter '{argument}' does not accept value '{value}'") from None
 
 
-def _cluster_bits(cluster_size: int) -> int:
+def _needs_version_3(what: str, kind: str = "and") -> ValueError:
+    return ValueError(f"{what} compatibility level 1.1 {kind} above (use version=v3 or greater)")
+
+
+def _cluster_bits(cluster_size: int, extended_l2: bool) -> int:
     value = index(cluster_size)
     if not 512 <= value <= 2 << 20 or value & (value - 1):
+        raise ValueError("Cluster size must be a power of two between 512 and 2048k")
+    if extended_l2 and value < MIN_EXTENDED_CLUSTER:
         raise ValueError(
-            f"cluster_size must be a power of two between 512 and 2097152, not {value}"
+            "Extended L2 entries are only supported with cluster sizes of at least "
+            f"{MIN_EXTENDED_CLUSTER} bytes"
         )
     return value.bit_length() - 1
 
 
-def _refcount_order(refcount_bits: int) -> int:
+def _refcount_order(refcount_bits: int, version: int) -> int:
     value = index(refcount_bits)
     if not 1 <= value <= 64 or value & (value - 1):
-        raise ValueError(f"refcount_bits must be a power of two between 1 and 64, not {value}")
+        raise ValueError("Refcount width must be a power of two and may not exceed 64 bits")
+    if version < 3 and value != 16:
+        raise _needs_version_3("Different refcount widths than 16 bits require", "or")
     return value.bit_length() - 1
-
-
-def _check_version(
-    version: int, refcount_bits: int, lazy_refcounts: bool, extended_l2: bool, compression: str
-) -> None:
-    if version >= 3:
-        return
-    for is_set, what in (
-        (refcount_bits != 16, f"refcount_bits={refcount_bits}"),
-        (lazy_refcounts, "lazy_refcounts"),
-        (extended_l2, "extended_l2"),
-        (compression != "zlib", f"compression_type={compression!r}"),
-    ):
-        if is_set:
-            raise ValueError(f"{what} needs compat='1.1' or newer")
 
 
 def _backing_name(
@@ -252,7 +264,7 @@ def _backing_name(
 ) -> str | None:
     if backing_file is None:
         if backing_format is not None:
-            raise ValueError("backing_format is given without a backing_file")
+            raise ValueError("Backing format cannot be used without backing file")
         return None
     name = os.fsdecode(backing_file)
     if not name or "\0" in name:
@@ -263,10 +275,7 @@ def _backing_name(
             "guessing it would let a guest that writes a raw disk choose the format"
         )
     if backing_format not in BACKING_FORMATS:
-        raise ValueError(
-            f"backing_format must be one of {', '.join(sorted(BACKING_FORMATS))}, "
-            f"not {backing_format!r}"
-        )
+        raise ValueError(f"Parameter 'backing-fmt' does not accept value '{backing_format}'")
     return name
 
 
@@ -289,7 +298,7 @@ def _disk_size(
     wanted = -(-wanted // SECTOR) * SECTOR
     largest = largest_disk(cluster_bits, extended_l2)
     if wanted > largest:
-        raise ValueError(
+        raise DiskTooLarge(
             f"a disk of {wanted} bytes is too large for clusters of {1 << cluster_bits} bytes, "
             f"which allow {largest}; choose a larger cluster_size"
         )
@@ -299,7 +308,7 @@ def _disk_size(
 # --- the backing file ----------------------------------------------------------------------
 
 
-def _name_of(path: Source) -> str:
+def name_of(path: Source) -> str:
     """What a callable or a mapping of keys is asked with: the name that open() will give it."""
     return os.fsdecode(path) if _is_path(path) else str(getattr(path, "name", path))
 
@@ -353,8 +362,41 @@ def _refuse_own_backing(path: Source, name: str | None) -> None:
 # --- the target ----------------------------------------------------------------------------
 
 
+class Hints(NamedTuple):
+    """What a file can be told about its place on the disk while it is empty. No file system has to
+    know, so nothing of it fails."""
+
+    nocow: bool = False
+    extent_size: int = 0
+
+    def give(self, storage: Storage) -> None:
+        if not isinstance(storage, FileStorage) or storage.is_device or not any(self):
+            return
+        storage.truncate(0)
+        with suppress(OSError):
+            if self.nocow:
+                flags = bytearray(8)
+                fcntl.ioctl(storage.fileno(), _FS_IOC_GETFLAGS, flags)
+                value = struct.unpack("@l", flags)[0] | _FS_NOCOW_FL
+                fcntl.ioctl(storage.fileno(), _FS_IOC_SETFLAGS, struct.pack("@l", value))
+        with suppress(OSError):
+            if self.extent_size:
+                fields = bytearray(_FSXATTR.size)
+                fcntl.ioctl(storage.fileno(), _FS_IOC_FSGETXATTR, fields)
+                flags, _, *others = _FSXATTR.unpack(fields)
+                fields = _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, self.extent_size, *others)
+                fcntl.ioctl(storage.fileno(), _FS_IOC_FSSETXATTR, fields)
+
+
+# From the kernel's headers linux/fs.h; struct fsxattr is flags, extent size, and what stays.
+_FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602
+_FS_IOC_FSGETXATTR, _FS_IOC_FSSETXATTR = 0x801C581F, 0x401C5820
+_FS_NOCOW_FL, _FS_XFLAG_EXTSIZE = 0x00800000, 0x00000800
+_FSXATTR = struct.Struct("@III16s")
+
+
 @contextmanager
-def _target(path: Source) -> Iterator[Storage]:
+def open_target(path: Source, hints: Hints) -> Iterator[Storage]:
     """The storage to write to; a file that this made is removed if the body fails."""
     if not _is_path(path):
         from qcow2x.storage import open_storage
@@ -368,6 +410,7 @@ def _target(path: Source) -> Iterator[Storage]:
         storage, is_new = FileStorage(path, writable=True), False
     try:
         with storage, _locked(storage):
+            hints.give(storage)
             yield storage
         if is_new:
             _sync_folder(path)
