@@ -50,19 +50,18 @@ def _info(session: Session, argv: list[str]) -> None:
     print(f"format name: {node.driver}")
     if node.is_protocol:
         print(f"format name: {node.driver}")
+    if node.driver.startswith("null"):
+        # It has no clusters, nor anything else to tell.
+        raise Failed
     image = session.open_disk.image
-    if image is None:
-        if node.driver.startswith("null"):
-            # It has no clusters, nor anything else to tell.
-            raise Failed
-        print("cluster size: 0 bytes\nvm state offset: 0 bytes")
-        return
-    print(f"cluster size: {units.size_text(image.cluster_size)}")
-    print(f"vm state offset: {units.size_text(image.vmstate_offset)}")
+    cluster, state = (0, 0) if image is None else (image.cluster_size, image.vmstate_offset)
+    print(f"cluster size: {units.size_text(cluster)}")
+    print(f"vm state offset: {units.size_text(state)}")
     from qcow2x.cli.info import specific_lines
 
-    print("Format specific information:")
-    print("\n".join(specific_lines(image)))
+    lines = specific_lines(node)
+    if lines:
+        print("\n".join(["Format specific information:", *lines]))
 
 
 def _alloc(session: Session, argv: list[str]) -> None:
