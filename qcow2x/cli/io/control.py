@@ -9,7 +9,7 @@ import time
 
 from qcow2x.cli import words
 from qcow2x.cli.io import units
-from qcow2x.cli.io.disk import error_number, failing_as
+from qcow2x.cli.io.disk import error_number, failing_as, is_expected
 from qcow2x.cli.io.language import Command, Failed, WrongUsage, options
 from qcow2x.cli.io.session import Session
 from qcow2x.cli.report import CommandError
@@ -20,7 +20,9 @@ PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 def _flush(session: Session, argv: list[str]) -> None:
     try:
         session.open_disk.flush()
-    except OSError as exc:
+    except Exception as exc:
+        if not is_expected(exc):
+            raise
         raise Failed from exc
 
 
@@ -37,7 +39,9 @@ def _truncate(session: Session, argv: list[str]) -> None:
     session.open_disk.require_writable()
     try:
         session.open_disk.node.resize(size, shrink=True, preallocation=mode)
-    except (OSError, ValueError) as exc:
+    except Exception as exc:
+        if not is_expected(exc):
+            raise
         raise CommandError(words.reason(exc)) from exc
 
 
@@ -84,7 +88,9 @@ def _map(session: Session, argv: list[str]) -> None:
                 f"at offset {units.size_text(offset)} ({offset:#x})"
             )
             offset += length
-    except (OSError, ValueError) as exc:
+    except Exception as exc:
+        if not is_expected(exc):
+            raise
         reason = os.strerror(error_number(exc))
         raise CommandError(f"Failed to get allocation status: {reason}") from exc
 

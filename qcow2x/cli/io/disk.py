@@ -51,12 +51,13 @@ def failing_as(text: str) -> Iterator[None]:
     except (Failed, CommandError):
         raise
     except Exception as exc:
-        if not _is_expected(exc):
+        if not is_expected(exc):
             raise
         raise Failed(f"{text}: {os.strerror(error_number(exc))}") from exc
 
 
-def _is_expected(exc: Exception) -> bool:
+def is_expected(exc: Exception) -> bool:
+    """Whether an exception tells of a mistake or of the outside world, and not of a bug."""
     from qcow2x.errors import Qcow2Error
 
     return isinstance(exc, (RequestFailed, Qcow2Error, OSError, ValueError, MemoryError))

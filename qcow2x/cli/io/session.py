@@ -111,9 +111,12 @@ class Session:
             raise CommandError("-U conflicts with image options")
         try:
             self._open(opening)
-        except (OSError, ValueError, MemoryError) as exc:
+        except Exception as exc:
             from qcow2x.cli import words
+            from qcow2x.cli.io.disk import is_expected
 
+            if not is_expected(exc):
+                raise
             device = "" if opening.name is None else f" device {opening.name}"
             raise CommandError(f"can't open{device}: {words.reason(exc)}{words.hint(exc)}") from exc
 
@@ -151,13 +154,16 @@ class Session:
         """Opens the file that is open in another way. If that fails it stays open as it was; raises
         CommandError."""
         from qcow2x.cli import words
+        from qcow2x.cli.io.disk import is_expected
 
         before = self.opening
         self.close()
         try:
             self._open(opening)
-        except (OSError, ValueError, MemoryError) as exc:
+        except Exception as exc:
             self._open(before)
+            if not is_expected(exc):
+                raise
             raise CommandError(f"{words.reason(exc)}{words.hint(exc)}") from exc
 
 

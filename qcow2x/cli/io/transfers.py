@@ -45,9 +45,7 @@ def lengths(texts: list[str]) -> list[int]:
         if length > units.MAX_REQUEST:
             raise Failed(f"Argument '{text}' exceeds maximum size {units.MAX_REQUEST}")
         if sum(found) > units.MAX_REQUEST - length:
-            raise Failed(
-                f"The total number of bytes exceed the maximum size {units.MAX_REQUEST}"
-            )
+            raise Failed(f"The total number of bytes exceed the maximum size {units.MAX_REQUEST}")
         found.append(length)
     return found
 

@@ -29,8 +29,7 @@ def number(text: str) -> int:
     value = parse_size(text.lstrip())
     if value is None:
         raise Failed(
-            "Parsing error: non-numeric argument, "
-            f"or extraneous/unrecognized suffix -- {text}"
+            f"Parsing error: non-numeric argument, or extraneous/unrecognized suffix -- {text}"
         )
     if value > MAX_SIZE:
         raise Failed(f"Parsing error: argument too large -- {text}")
@@ -64,13 +63,11 @@ def pattern(text: str) -> int:
 
 def size_text(value: float) -> str:
     """A size with its unit: at most three digits behind the point, none where they are zeros."""
-    for shift, suffix in _UNITS:
+    text, suffix = f"{value:f}", " bytes"
+    for shift, unit in _UNITS:
         if value >= 1 << shift:
-            text = f"{value / (1 << shift):.3f}"
+            text, suffix = f"{value / (1 << shift):.3f}", unit
             break
-    else:
-        suffix = " bytes"
-        text = f"{value:f}"
     at = text.find(".000")
     return (text[:at] if at >= 0 else text) + suffix
 
