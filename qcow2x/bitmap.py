@@ -608,6 +608,18 @@ class Bitmaps(Mapping[str, Bitmap]):
     def __contains__(self, name: object) -> bool:
         return any(name == known for known in self)
 
+    def layout(self) -> list[tuple[str, int, bool]]:
+        """Name, granularity and whether it is inconsistent, of every bitmap in the order of the
+        file. No bits are looked at."""
+        return [
+            (
+                entry.name.decode("utf-8", "surrogateescape"),
+                1 << entry.granularity_bits,
+                not entry.usable,
+            )
+            for entry in self._directory().entries
+        ]
+
     def _marks_of(self, entry: _Entry) -> Marks | None:
         return self._image._marks if entry.tracked and self._image.writable else None
 
