@@ -456,7 +456,7 @@ class Image(CoreImage):
     def _resize_alone(self, size: int, shrink: bool, preallocation: str) -> None:
         old = self.size
         if size % 512:
-            raise ValueError("The new size must be a multiple of 512")
+            raise ValueError(f"{self.name}: The new size must be a multiple of 512")
         if size < old:
             if not shrink:
                 raise ValueError(
@@ -464,11 +464,13 @@ class Image(CoreImage):
                     "pass shrink=True if that is meant"
                 )
             if preallocation != "off":
-                raise ValueError("preallocation makes no sense when shrinking")
+                raise ValueError(
+                    f"{self.name}: Preallocation can't be used for shrinking an image"
+                )
         if self._header.nb_snapshots and self._header.version < 3:
             # Its snapshot table has no field for the size that the disk had.
             raise UnsupportedFeature(
-                f"{self.name}: a version 2 image with internal snapshots cannot be resized",
+                f"{self.name}: Can't resize a v2 image which has snapshots",
                 features=("resize of version 2 with snapshots",),
             )
         with _bitmap.resizing(self, size):

@@ -51,6 +51,8 @@ cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) n
     if ext.kind == Q2_KIND_COMPRESSED:
         return read_compressed(img, ext, buf)
     if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):
+        if img.file.listens:
+            img.file.reach(Q2_SITE_BACKING_READ)
         # Past the backing file's end this reads zeros.
         return img.backing.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.guest_off)
     memset(buf, 0, ext.nbytes)

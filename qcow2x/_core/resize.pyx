@@ -47,6 +47,8 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
     if entries << 3 > Q2_MAX_L1_BYTES:
         return fail(Q2_E_LIMIT, Q2_SITE_L1_GROW_WRITE, img.l1_offset,
                     b"the L1 table of a disk of this size exceeds 32 MiB")
+    if img.file.listens:
+        img.file.reach(Q2_SITE_L1_GROW_ALLOC)
     l1 = <uint64_t *>calloc(entries, 8)
     dirty = <uint8_t *>calloc((entries * 8 + 511) >> 9, 1)
     table = <uint8_t *>calloc(n_clusters, img.geo.cluster_size)

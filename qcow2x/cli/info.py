@@ -156,10 +156,11 @@ def _describe_qcow2(node: Node, info: dict[str, Any]) -> None:
     if header.nb_snapshots:
         from qcow2x.snapshot import read_table
 
-        info["snapshots"] = [_snapshot(entry) for entry in read_table(storage, header)]
+        info["snapshots"] = [snapshot_members(entry) for entry in read_table(storage, header)]
 
 
-def _snapshot(entry: Any) -> dict[str, Any]:
+def snapshot_members(entry: Any) -> dict[str, Any]:
+    """An internal snapshot as QEMU's ``SnapshotInfo``."""
     told = {
         "id": entry.id,
         "name": entry.name,
