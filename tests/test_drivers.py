@@ -342,3 +342,36 @@ def test_a_guessed_raw_disk_stays_one(folder: Path) -> None:
         node.pwrite(b"x", 4)
     with open_node("r", format="raw", writable=True) as node:
         node.pwrite(b"QFI\xfb\0\0\0\3", 0)
+
+
+@pytest.fixture(scope="module")
+def qemu_img() -> str:
+    import shutil
+
+    return shutil.which("qemu-img") or pytest.skip("no qemu-img here")
+
+
+def test_luks(folder: Path, qemu_img: str) -> None:
+    import subprocess
+
+    made = [qemu_img, "create", "-q", "-f", "luks", "--object", "secret,id=s,data=key"]
+    subprocess.run([*made, "-o", "key-secret=s,iter-time=10", "a", "1M"], check=True)
+    spec = "driver=luks,key-secret=s,file.filename=a"
+    content = bytearray(1 << 20)
+    with open_node(spec, image_opts=True, secrets={"s": b"key"}, writable=True) as node:
+        assert node.size == 1 << 20
+        node.pwrite(bytes(1 << 20), 0)
+        for at, nbytes in ((0, 1), (511, 2), (1000, 300_001), (1023 * 1024 + 5, 700)):
+            node.pwrite(b"x" * nbytes, at)
+            content[at : at + nbytes] = b"x" * nbytes
+        assert node.pread(1 << 20, 0) == content
+        assert node.pread(700, 900_001) == content[900_001:900_701]
+    convert = [qemu_img, "convert", "--object", "secret,id=s,data=key", "--image-opts", spec]
+    subprocess.run([*convert, "-O", "raw", "out"], check=True)
+    assert Path("out").read_bytes() == content
+    assert said("a") == "Could not open 'a': Parameter 'key-secret' is required for cipher"
+    assert "Invalid password, cannot unlock any keyslot" in said(
+        spec, image_opts=True, secrets={"s": b"other"}
+    )
+    with open_node("a", io=False) as node:
+        assert node.driver == "luks" and node.size == 1 << 20

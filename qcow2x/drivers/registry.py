@@ -20,6 +20,7 @@ DRIVERS = {
     "copy-on-read": ("copy_on_read", "CopyOnReadNode"),
     "file": ("file", "FileNode"),
     "host_device": ("file", "HostDeviceNode"),
+    "luks": ("luks", "LuksNode"),
     "null-co": ("null", "NullNode"),
     "qcow2": ("qcow2", "Qcow2Node"),
     "raw": ("raw", "RawNode"),
