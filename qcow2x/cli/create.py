@@ -13,6 +13,7 @@ from qcow2x.cli.formatopts import (
     wants_help,
 )
 from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import failure
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
     OBJECT,
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> int:
         create_image(path, format, options, secrets)
     except CommandError as exc:
         raise CommandError(f"{path}: {exc}", hint=exc.hint) from exc
+    except Exception as exc:
+        raise failure(exc, path) from exc
     return 0
 
 
