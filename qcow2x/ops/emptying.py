@@ -103,9 +103,7 @@ def _start_anew(image: Image, header: Header) -> None:
     for _ in range(2):
         places = _lowest_places(image, header)
         _write_tables(image, header, places)
-        where = struct.pack(
-            ">QQI", places.l1 * cluster, places.refcount_table * cluster, 1
-        )
+        where = struct.pack(">QQI", places.l1 * cluster, places.refcount_table * cluster, 1)
         image._patch_header(_L1_AND_REFCOUNT_TABLE_AT, where)
         header = image._reread_header()
         if places.end == _Places.needed(header):

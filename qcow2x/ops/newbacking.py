@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from qcow2x.errors import Qcow2Error
 
 if TYPE_CHECKING:
-    from qcow2x._core.header import Header
     from qcow2x.image import Image
 
 SECTOR = 512

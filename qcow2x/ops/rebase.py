@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import qcow2x
 from qcow2x import backing as _backing
+from qcow2x._core.image import CoreImage
 from qcow2x.errors import Cancelled, Qcow2Error
-from qcow2x.ops.copyjob import COMPRESSION_TYPES, MEMORY_BASE, TASK_BYTES, ZERO_PIECE, locate
-from qcow2x.ops.disk import extents_of, open_disk, read_padded
+from qcow2x.ops.copyjob import COMPRESSION_TYPES, MEMORY_BASE, TASK_BYTES, locate
+from qcow2x.ops.disk import RawDisk, extents_of, image_of, open_disk, read_padded
 from qcow2x.ops.newbacking import change_backing_file
 from qcow2x.ops.pipeline import Pipeline, usable_cpus
 from qcow2x.types import Progress
@@ -47,6 +48,7 @@ def rebase(
     unsafe: bool = False,
     compress: bool = False,
     level: int = 0,
+    detect_zeroes: bool = True,
     references: Any = "deny",
     key: Any = None,
     cache: str = "writeback",
@@ -61,9 +63,10 @@ def rebase(
     written into it as it is; a relative name counts from the folder of *source*. It has to be in
     *backing_format*, ``"qcow2"`` or ``"raw"``. What *source* itself does not hold is compared in
     the old and the new backing file, and where they differ the old content is written into
-    *source*, with *compress* as compressed clusters (of *level*, or 0 for the usual one). If the new
-    backing file is further down the old chain already, only what the layers between hold is
-    looked at. With *unsafe* nothing is looked at, and no backing file opened: right where a file
+    *source*, with *compress* as compressed clusters (of *level*, or 0 for the usual one). Zeros take
+    no room there; without *detect_zeroes* those that the old backing file had a place for do. If
+    the new backing file is further down the old chain already, only what the layers between hold
+    is looked at. With *unsafe* nothing is looked at, and no backing file opened: right where a file
     was moved, or for one that reads the same.
 
     ``references`` has to allow the old and the new layers to be opened (see :func:`qcow2x.open`),
@@ -99,6 +102,7 @@ def rebase(
                 shared,
                 compress=compress,
                 level=level,
+                detect_zeroes=detect_zeroes,
                 threads=threads,
                 progress=progress,
             )
@@ -113,12 +117,11 @@ def _new_backing(
     reference = _backing.reference_to("backing", name, format, image.name)
     format = _backing.check_format(reference)
     path = _backing.resolve(reference, "follow")
-    chain = image.backing_chain
-    for depth, layer in enumerate(chain):
+    for depth, layer in enumerate(image.backing_chain):
         if _is_file(layer, path):
             if depth == 0:
                 raise _below_itself(image)
-            return layer if depth < len(chain) - 1 or format == "qcow2" else None, depth
+            return layer if image_of(layer) is not None else RawDisk(layer), depth
     disk, _ = open_disk(path, format, **options)
     stack.callback(disk.close)
     for layer in getattr(disk, "backing_chain", ()):
@@ -148,13 +151,14 @@ def rebase_layers(
     *,
     compress: bool = False,
     level: int = 0,
+    detect_zeroes: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RebaseResult:
     """Writes into *image* all that it would not show with *new*, an open disk or None, below it.
     *shared* says that *new* is what number *shared* of ``image.backing_chain`` reads from. Durable
     at return; the header is not touched."""
-    job = _RebaseJob(image, new, shared, compress, level, progress)
+    job = _RebaseJob(image, new, shared, compress, level, detect_zeroes, progress)
     job.run(threads or min(usable_cpus(), MAX_THREADS))
     image.flush()
     return RebaseResult(job.data_bytes, job.zero_bytes)
@@ -185,6 +189,7 @@ class _RebaseJob:
         shared: int | None,
         compress: bool,
         level: int,
+        detect_zeroes: bool,
         progress: Progress | None,
     ) -> None:
         from qcow2x._core import bulk
@@ -202,6 +207,11 @@ class _RebaseJob:
         self.cluster = image.cluster_size
         #: What is compared, and written as a whole: the least that the image maps on its own.
         self.grain = self.cluster // 32 if info.extended_l2 and not compress else self.cluster
+        #: From here on zeros are looked for in old content.
+        self.zeros_from = 0
+        if not detect_zeroes and image.backing is not None:
+            below = image.backing
+            self.zeros_from = below.size if isinstance(below, CoreImage) else below.size()
         self.task_bytes = max(TASK_BYTES, self.cluster)
         self.done = self.data_bytes = self.zero_bytes = 0
 
@@ -317,8 +327,7 @@ class _RebaseJob:
         """Adds the writes of one run of old content; returns how much of the slot's memory for
         compressed clusters is in use."""
         end = start
-        for low, nbytes in self.bulk.data_runs(old[start:stop], self.grain, self.grain):
-            low += start
+        for low, nbytes in self.data_runs(offset, old, start, stop):
             if low > end:
                 writes.append((offset + end, low - end, None))
             end = low + nbytes
@@ -335,6 +344,17 @@ class _RebaseJob:
         if end < min(stop, length):
             writes.append((offset + end, min(stop, length) - end, None))
         return packed
+
+    def data_runs(
+        self, offset: int, old: memoryview, start: int, stop: int
+    ) -> Iterator[tuple[int, int]]:
+        """Start and length of what is to be stored as data."""
+        kept = -(-max(0, self.zeros_from - offset) // self.grain) * self.grain
+        if start < kept:
+            yield start, min(stop, kept) - start
+            start = min(stop, kept)
+        for low, nbytes in self.bulk.data_runs(old[start:stop], self.grain, self.grain):
+            yield start + low, nbytes
 
     def fills_clusters(self, offset: int, nbytes: int) -> bool:
         end = offset + nbytes
