@@ -389,7 +389,7 @@ def test_an_image_in_an_image(folder: Path) -> None:
         assert node.pread(1002, 499) == b"\0" + b"x" * 1000 + b"\0"
         node.pwrite(b"y" * 70000, 300_000)
         assert node.pread(2, 369_999) == b"y\0"
-    window = {"driver": "raw", "offset": 0, "size": 1024, **{"file": nested["file"]}}
+    window = {"driver": "raw", "offset": 0, "size": 1024, "file": nested["file"]}
     with open_node(window) as node:
         assert node.pread(4, 0) == b"QFI\xfb" and node.size == 1024
 
