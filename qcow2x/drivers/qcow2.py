@@ -76,6 +76,7 @@ class Qcow2Node(Node):
             l2_cache_size=settings.l2_cache_size,
             overlap_check=settings.overlap_check,
             discard_to_host=settings.discard_to_host,
+            lazy_refcounts=settings.lazy_refcounts,
         )
         self.storage = self.image
 

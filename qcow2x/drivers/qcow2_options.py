@@ -47,6 +47,8 @@ class Qcow2Options:
     l2_cache_size: int | None
     #: A level of qcow2x.open(overlap_check=).
     overlap_check: str
+    #: Refcounts wait for the close.
+    lazy_refcounts: bool
     #: Freed clusters are given back to the host.
     discard_to_host: bool
     key_secret: str | None
@@ -79,7 +81,7 @@ def take(options: Options, header: Header, unmap: bool) -> Qcow2Options:
         raise OptionError("discard-no-unref is only supported since qcow2 version 3")
     _check_encryption(opts.take_text(options, "encrypt.format"), header)
     secret = opts.take_text(options, "encrypt.key-secret")
-    return Qcow2Options(l2_cache_size, overlap_check, passes, secret)
+    return Qcow2Options(l2_cache_size, overlap_check, lazy, passes, secret)
 
 
 def join(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
