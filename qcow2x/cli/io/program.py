@@ -139,6 +139,25 @@ def _run(argv: list[str]) -> int:
     return _run_commands(session, commands)
 
 
+def _closed(session: Session) -> bool:
+    """Closes the file. What cannot be written now is lost; QEMU's tool does not say so."""
+    from qcow2x.cli import words
+    from qcow2x.cli.io.disk import is_expected
+    from qcow2x.errors import ImageBroken
+
+    try:
+        session.close()
+    except ImageBroken:
+        # What broke it was told when it did.
+        return False
+    except Exception as exc:
+        if not is_expected(exc):
+            raise
+        report(f"Failed to flush the image: {words.reason(exc)}")
+        return False
+    return True
+
+
 def _read_secrets(objects: list[str]) -> dict[str, bytes]:
     if not objects:
         return {}
@@ -170,12 +189,7 @@ def _run_commands(session: Session, commands: list[str]) -> int:
                 break
         session.drain()
     finally:
-        try:
-            session.close()
-        except OSError as exc:
-            # What could not be written is lost: QEMU's tool says nothing of it.
-            report(f"Failed to flush the image: {exc.strerror or exc}")
-            failed = True
+        failed |= not _closed(session)
     return 1 if failed else 0
 
 
