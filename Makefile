@@ -3,6 +3,7 @@
 # make bench    measure                           make lint    style and types
 # make crash SECONDS=600                           every call fails once; then cuts of power
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
+# make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test crash build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test iotests crash build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -32,6 +33,12 @@ test: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
 	$(BIN)/ruff check
 	cd tests && $(BIN)/python -m pytest
+
+# IOTESTS="001 013" runs only those; SOURCE=DIR takes a source tree of QEMU that is there already
+# instead of fetching one.
+iotests: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py iotests
+	$(BIN)/python tests/iotests/run.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
 
 crash: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
@@ -75,7 +82,7 @@ deps: $(VENV)/.ready
 	@$(PYTHON) scripts/install_needs.py build test demo
 
 clean:
-	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .hypothesis .benchmarks \
+	rm -rf $(VENV) .iotests build dist wheelhouse *.egg-info .pytest_cache .hypothesis .benchmarks \
 		.mypy_cache .ruff_cache
 	find qcow2x -name '*.so' -delete
 	find . -name __pycache__ -prune -exec rm -rf {} +

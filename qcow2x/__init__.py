@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
+    from qcow2x.ops.dd import dd as dd
+    from qcow2x.ops.measure import measure as measure
     from qcow2x.ops.undo import undo_repair as undo_repair
     from qcow2x.storage import FileStorage as FileStorage
     from qcow2x.storage import Storage as Storage
@@ -120,6 +122,8 @@ _HOME = {
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),
+    "qcow2x.ops.dd": ("dd",),
+    "qcow2x.ops.measure": ("measure",),
     "qcow2x.ops.undo": ("undo_repair",),
     "qcow2x.storage": ("FileStorage", "Storage"),
     "qcow2x.types": ("CheckResult", "Extent", "Finding", "ImageInfo", "Reference", "Stats"),

@@ -31,7 +31,9 @@ from qcow2x._core.bitmapdir import (
 from qcow2x.errors import CorruptImage, UnsupportedFeature
 
 if TYPE_CHECKING:
+    from qcow2x._core.header import Header
     from qcow2x.image import Image
+    from qcow2x.storage import Storage
 
 #: QEMU's limits, so that an image which one opens the other opens as well.
 MAX_BITMAPS = 65535
@@ -150,33 +152,37 @@ def _never(_: _Entry) -> bool:
 
 def read_directory(image: Image) -> Directory:
     """The directory in the file. Raises CorruptImage for one that breaks a rule."""
-    header, storage = image._header, image._file
+    return read_directory_of(image._file, image._header, image.size, image.name)
+
+
+def read_directory_of(storage: Storage, header: Header, size: int, name: str) -> Directory:
+    """The same of an image of ``size`` bytes that is only looked at."""
     place = header.bitmap_directory
     if place is None:
         return Directory()
     offset, nbytes, count = place
     raw = storage.pread(nbytes, offset) if offset < storage.size() else b""
     if len(raw) < nbytes:
-        raise _damaged(image, offset, "the bitmap directory lies beyond the end of the file")
+        raise _damaged(name, offset, "the bitmap directory lies beyond the end of the file")
     entries = []
     decoded = decode_directory(raw, count, header.cluster_size, storage.name, offset)
-    for name, bits, flags, table_offset, table_entries, extra in decoded:
+    for encoded, bits, flags, table_offset, table_entries, extra in decoded:
         in_use = bool(flags & FLAG_IN_USE)
-        needed = _clusters_of_bits(image.size, bits, header.cluster_size)
+        needed = _clusters_of_bits(size, bits, header.cluster_size)
         if not in_use and table_entries != needed:
-            text = name.decode("utf-8", "backslashreplace")
+            text = encoded.decode("utf-8", "backslashreplace")
             raise _damaged(
-                image, offset, f"bitmap {text!r} has {table_entries} clusters of bits, not {needed}"
+                name, offset, f"bitmap {text!r} has {table_entries} clusters of bits, not {needed}"
             )
         entries.append(
             _Entry(
-                name=name,
+                name=encoded,
                 granularity_bits=bits,
                 auto=bool(flags & FLAG_AUTO),
                 broken=in_use,
                 table_offset=table_offset,
                 table_entries=table_entries,
-                size=image.size,
+                size=size,
                 extra=extra,
                 extra_compatible=bool(flags & FLAG_EXTRA_DATA_COMPATIBLE),
             )
@@ -189,9 +195,9 @@ def _clusters_of_bits(size: int, granularity_bits: int, cluster_size: int) -> in
     return -(-bits // (8 * cluster_size))
 
 
-def _damaged(image: Image, offset: int, what: str) -> CorruptImage:
-    exc = CorruptImage(f"{image.name}: {what} (offset {offset:#x}, bitmap_read)")
-    exc._where(image.name, offset, "bitmap_read")
+def _damaged(name: str, offset: int, what: str) -> CorruptImage:
+    exc = CorruptImage(f"{name}: {what} (offset {offset:#x}, bitmap_read)")
+    exc._where(name, offset, "bitmap_read")
     return exc
 
 
@@ -602,6 +608,18 @@ class Bitmaps(Mapping[str, Bitmap]):
     def __contains__(self, name: object) -> bool:
         return any(name == known for known in self)
 
+    def layout(self) -> list[tuple[str, int, bool]]:
+        """Name, granularity and whether it is inconsistent, of every bitmap in the order of the
+        file. No bits are looked at."""
+        return [
+            (
+                entry.name.decode("utf-8", "surrogateescape"),
+                1 << entry.granularity_bits,
+                not entry.usable,
+            )
+            for entry in self._directory().entries
+        ]
+
     def _marks_of(self, entry: _Entry) -> Marks | None:
         return self._image._marks if entry.tracked and self._image.writable else None
 
@@ -726,7 +744,7 @@ class Bitmaps(Mapping[str, Bitmap]):
         if not entry.usable:
             why = "was not stored by its last writer" if entry.broken else "has unknown extra data"
             raise _damaged(
-                self._image, entry.table_offset, f"bitmap {name!r} {why}; it can only be removed"
+                self._image.name, entry.table_offset, f"bitmap {name!r} {why}; it can only be removed"
             )
         return entry
 

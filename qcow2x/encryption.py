@@ -84,6 +84,14 @@ class Encryption:
             ivgen_hash = "sha256"
         return LuksHeader.new(self.cipher, self.mode, self.ivgen, self.hash, ivgen_hash, name)
 
+    def header_bytes(self) -> int:
+        """Bytes of the LUKS header with its key slots, behind which a LUKS disk's data begins; 0
+        with the legacy encryption. Raises KeyRequired if ``key`` has no passphrase to give."""
+        if self.format == "aes":
+            return 0
+        with passphrase(self.key, "new image"):
+            return self._new_header("new image").payload_offset
+
     def refuse_preallocation(self, version: int) -> None:
         """What reads as zeros though it was never written needs the zero flag of version 3."""
         if version < 3:

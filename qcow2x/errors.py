@@ -2,7 +2,8 @@
 
 Every exception of qcow2x is a :class:`Qcow2Error` and, where Python has a fitting builtin, that
 builtin as well, so ``except OSError`` and ``except ValueError`` do what a reader expects. Each
-carries ``path`` (the file), ``offset`` (bytes, or ``None``) and ``site`` (which access failed).
+carries ``path`` (the file), ``offset`` (bytes, or ``None``) and ``site`` (which access failed), and
+``what``: the fact alone, in QEMU's words where QEMU knows it, or ``None``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Qcow2Error(Exception):
     path: str | None = None
     offset: int | None = None
     site: str | None = None
+    what: str | None = None
 
     def _where(self, path: str | None, offset: int | None, site: str | None) -> Qcow2Error:
         self.path, self.offset, self.site = path, offset, site
@@ -42,7 +44,13 @@ class FormatError(Qcow2Error, ValueError):
 
 
 class UnsupportedFeature(FormatError):
-    """The image needs a feature that cannot be used here; ``features`` names each."""
+    """The image needs a feature that cannot be used here; ``features`` names each.
+
+    Where they are incompatible features of its header, ``unknown_bits`` has each bit's number, with
+    the name that the image gives for it or None.
+    """
+
+    unknown_bits: tuple[tuple[int, str | None], ...] | None = None
 
     def __init__(self, *args: object, features: tuple[str, ...] = ()) -> None:
         super().__init__(*args)
@@ -120,5 +128,6 @@ def exception_for(
         cls, default = _BY_STATUS.get(status, (Qcow2Error, f"internal status {status}"))
         exc = cls(f"{name}: {what or default}{where}")
     if isinstance(exc, Qcow2Error):
+        exc.what = what
         exc._where(name, offset if located else None, site if located else None)
     return exc

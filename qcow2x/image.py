@@ -48,6 +48,7 @@ def open(
     backing: Source | _backing.GuestDisk | bool | None = None,
     data_file: Source | bool | None = None,
     overlap_check: str = "cached",
+    discard_to_host: bool = True,
 ) -> Image:
     """Opens a qcow2 image.
 
@@ -77,6 +78,7 @@ def open(
     leads to them: ``none``, ``constant`` (header, L1, refcount and snapshot table), ``cached`` (and L2
     tables, refcount blocks, snapshots' L1 tables) or ``all`` (and snapshots' L2 tables). Such a write
     raises CorruptImage, sets the image's corrupt bit, and nothing is written after it.
+    ``discard_to_host=False`` keeps freed clusters allocated in the host's file system.
     ``key`` is the passphrase of an encrypted image: bytes, text (as UTF-8), a callable that gets
     the image's name and returns either, or a mapping from names to either. It serves every
     encrypted layer of the chain. Nothing of it is kept; see :mod:`qcow2x.encryption`.
@@ -98,6 +100,7 @@ def open(
         raise ValueError('a snapshot can only be opened with mode "r"')
     opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file, key)
     opener.overlap_check = overlap_check
+    opener.discard_to_host = discard_to_host
     return opener.open(source, mode == "r+", backing)
 
 
@@ -122,6 +125,7 @@ class _Opener:
         self.data_file = data_file
         self.key = key
         self.overlap_check = "cached"
+        self.discard_to_host = True
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -203,6 +207,7 @@ class _Opener:
                     l2_cache_size=self.l2_cache_size,
                     writable=writable and not layers,
                     overlap_check=self.overlap_check,
+                    discard_to_host=self.discard_to_host,
                 )
             assert image is not None
             image._own(mine, self.locks, self.overlap_check == "all")
@@ -275,15 +280,15 @@ def _load_header(storage: Storage) -> Header:
 def _refuse_unsupported(header: Header, name: str, writable: bool) -> None:
     header.require_supported(name)
     if writable and header.corrupt:
-        raise _corrupt(
-            name,
-            "is marked corrupt and can only be read; repair it first, with qcow2x check -r all",
-        )
+        raise _marked_corrupt(name)
 
 
-def _corrupt(name: str, what: str) -> CorruptImage:
-    exc = CorruptImage(f"{name}: {what}")
+def _marked_corrupt(name: str) -> CorruptImage:
+    exc = CorruptImage(
+        f"{name}: is marked corrupt and can only be read; repair it first, with qcow2x check -r all"
+    )
     exc.path = name
+    exc.what = "qcow2: Image is corrupt; cannot be opened read/write"
     return exc
 
 

@@ -20,6 +20,7 @@ from build_support import needs
 JOBS = {
     "build": lambda: [*needs.missing_for_venv(), *needs.missing_for_build()],
     "test": lambda: needs.missing_programs("qemu-img", "mke2fs", "git"),
+    "iotests": lambda: needs.missing_programs("qemu-img"),
     "demo": lambda: needs.missing_programs("qemu-img", "mke2fs"),
 }
 

@@ -21,7 +21,8 @@ from cli_helpers import (
 
 import qcow2x
 from qcow2x.errors import Cancelled, ImageLocked, ReferenceDenied
-from qcow2x.ops.convert import DATA, KEEP, ZERO, convert, plan_runs
+from qcow2x.ops.convert import convert
+from qcow2x.ops.copyjob import DATA, KEEP, ZERO, plan_runs
 from qcow2x.types import Extent
 
 
@@ -333,7 +334,7 @@ def test_files_in_use_elsewhere_are_left_alone(raw: Path, tmp_path: Path, format
         ({"sparse_size": 1000}, "sparse size"),
         ({"threads": 0}, "threads"),
         ({"backing_file": "x"}, "backing format"),
-        ({"cluster_size": 1234}, "cluster_size"),
+        ({"cluster_size": 1234}, "Cluster size"),
         ({"size": 512}, "smaller"),
     ],
     ids=str,

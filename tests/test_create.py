@@ -151,7 +151,7 @@ def test_backing_file_is_not_touched_where_size_is_given(tmp_path):
 
 def test_size_of_a_backing_file_that_is_no_qcow2_image(tmp_path):
     (tmp_path / "base").write_bytes(bytes(65536))
-    with pytest.raises(FormatError, match="base: this is not a qcow2 image"):
+    with pytest.raises(FormatError, match="base: Image is not in qcow2 format"):
         create(tmp_path / "top.qcow2", backing_file="base", backing_format="qcow2")
     with pytest.raises(FileNotFoundError):
         create(tmp_path / "top.qcow2", backing_file="missing", backing_format="raw")

@@ -193,3 +193,94 @@ def test_relative_names_count_from_the_image(folder: Path) -> None:
         assert [n.filename for n in node.chain] == ["d/b", "d/a"]
     with open_node({"driver": "qcow2", "file": {"driver": "file", "filename": "d/b"}}) as node:
         assert node.filename == "d/b"
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        (
+            "cache-size=1M,l2-cache-size=64k,refcount-cache-size=64k",
+            "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time",
+        ),
+        ("cache-size=1M,l2-cache-size=2M", "l2-cache-size may not exceed cache-size"),
+        ("cache-size=1M,refcount-cache-size=2M", "refcount-cache-size may not exceed cache-size"),
+        (
+            "l2-cache-entry-size=33k",
+            "L2 cache entry size must be a power of two between 512 and the cluster size (65536)",
+        ),
+        ("refcount-cache-size=256T", "Refcount cache size too big"),
+        ("cache-clean-interval=-1", "Cache clean interval too big"),
+        ("lazy-refcounts=42", "Parameter 'lazy-refcounts' expects 'on' or 'off'"),
+        (
+            "overlap-check=constant,overlap-check.template=all",
+            "Conflicting values for qcow2 options 'overlap-check' ('constant') and "
+            "'overlap-check.template' ('all')",
+        ),
+        (
+            "overlap-check=blubb",
+            "Unsupported value 'blubb' for qcow2 option 'overlap-check'. Allowed are any of the "
+            "following: none, constant, cached, all",
+        ),
+        (
+            "encrypt.format=luks",
+            "No encryption in image header, but options specified format 'luks'",
+        ),
+        (
+            "data-file.filename=x",
+            "'data-file' can only be set for images with an external data file",
+        ),
+    ],
+)
+def test_qcow2_options_refused(folder: Path, option: str, text: str) -> None:
+    qcow2x.create("a", 1 << 20)
+    assert said(f"driver=qcow2,file.filename=a,{option}", image_opts=True).endswith(": " + text)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "cache-size=0",
+        "l2-cache-size=0",
+        "cache-size=2M,refcount-cache-size=1M",
+        "l2-cache-entry-size=512",
+        "overlap-check.inactive-l2=on",
+        "overlap-check.template=none",
+        "pass-discard-request=off,pass-discard-other=on,lazy-refcounts=on",
+    ],
+)
+def test_qcow2_options_taken(folder: Path, option: str) -> None:
+    qcow2x.create("a", 1 << 20)
+    spec = f"driver=qcow2,file.filename=a,{option}"
+    with open_node(spec, image_opts=True, writable=True) as node:
+        node.pwrite(b"x" * 70000, 1000)
+        node.discard(0, 65536)
+        assert node.pread(4, 70996) == b"xxxx" and node.filename == "a"
+    assert qcow2x.check("a").clean
+
+
+def test_keys(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20, encryption=qcow2x.Encryption(key=b"k", iter_time_ms=10))
+    spec = "driver=qcow2,file.filename=a,encrypt.key-secret=s"
+    with open_node(spec, image_opts=True, secrets={"s": b"k"}) as node:
+        assert node.pread(4, 0) == bytes(4)
+        assert node.filename == (
+            'json:{"encrypt.key-secret": "s", "driver": "qcow2", '
+            '"file": {"driver": "file", "filename": "a"}}'
+        )
+    assert said("a").endswith("Parameter 'encrypt.key-secret' is required for cipher")
+    assert said(spec, image_opts=True).endswith("No secret with id 's'")
+    assert said(spec, image_opts=True, secrets={"s": b"x"}).endswith(
+        "Invalid password, cannot unlock any keyslot"
+    )
+
+
+def test_what_is_wrong_with_an_image(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    header = bytearray(Path("a").read_bytes())
+    header[72 + 0] |= 0x80  # incompatible feature bit 63
+    Path("b").write_bytes(header)
+    assert said("b").endswith(
+        "Unsupported qcow2 feature(s): Unknown incompatible feature: 8000000000000000"
+    )
+    Path("c").write_bytes(b"x" * 65536)
+    assert said("c", format="qcow2").endswith(": Image is not in qcow2 format")

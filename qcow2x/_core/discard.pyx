@@ -13,8 +13,8 @@ from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (drop_entry, ensure_l2_table, entry_changed, entry_is_ours,
                                    find_entry)
 from qcow2x._core.metadata cimport load_slice
-from qcow2x._core.read cimport guest_extent
-from qcow2x._core.plan cimport Q2_KIND_ZERO
+from qcow2x._core.plan cimport Q2_KIND_DATA, Q2_KIND_UNALLOCATED, Q2_KIND_ZERO
+from qcow2x._core.read cimport layer_extent, reads_as_zero
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -171,16 +171,17 @@ cdef q2_status discard_guest(ImageState img, uint64_t guest_off, uint64_t nbytes
 
 
 cdef q2_status write_zeros(ImageState img, uint64_t guest_off, uint64_t end) noexcept nogil:
-    """Zeros as data, but only over what does not read as zeros already."""
+    """Zeros as data, but only over what this layer does not say to be zeros already. Those of a
+    backing file are written too: what was written to this layer does not depend on another."""
     cdef q2_extent ext
     cdef uint64_t n
     cdef q2_status st
     while guest_off < end:
-        st = guest_extent(img, guest_off, end - guest_off, &ext)
+        st = layer_extent(img, guest_off, end - guest_off, &ext)
         if st != Q2_OK:
             return st
         n = ext.nbytes
-        if ext.kind != Q2_KIND_ZERO:
+        if ext.kind != Q2_KIND_ZERO and (ext.kind != Q2_KIND_UNALLOCATED or has_backing(img)):
             if n > ZEROS_BYTES:
                 n = ZEROS_BYTES
             st = write_guest(img, zeros(), n, guest_off, False)
@@ -190,10 +191,19 @@ cdef q2_status write_zeros(ImageState img, uint64_t guest_off, uint64_t end) noe
     return Q2_OK
 
 
+cdef inline bint holds_data(const q2_geometry *g, q2_l2e e, uint32_t first,
+                            uint32_t n) noexcept nogil:
+    cdef uint32_t i
+    for i in range(first, first + n):
+        if subcluster_kind(g, e, i) == Q2_KIND_DATA:
+            return True
+    return False
+
+
 cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t end,
-                                   bint *handled) noexcept nogil:
-    """Whole subclusters of one guest cluster, by their bits. A compressed cluster, and one that is
-    shared, are left to write_zeros."""
+                                   bint also_data, bint *handled) noexcept nogil:
+    """Whole subclusters of one guest cluster, by their bits or the entry's zero flag. A compressed
+    cluster, one that is shared, and unless `also_data` what holds data, are left to write_zeros."""
     cdef uint64_t guest_cl = guest_off >> img.geo.cluster_bits
     cdef uint64_t start = guest_cl << img.geo.cluster_bits
     cdef uint32_t first = <uint32_t>((guest_off - start) >> img.geo.subcluster_bits)
@@ -201,7 +211,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
     cdef uint64_t miss = 0, turn = 0, left = 0, mask
     cdef uint8_t *at = NULL
     cdef q2_slot *slot = NULL
-    cdef q2_l2e e
+    cdef q2_l2e e, new
     cdef uint32_t parity = 0
     cdef q2_status st = begin_write_request(img, &parity)
     handled[0] = False
@@ -219,12 +229,18 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                 st = find_entry(img, guest_cl, &slot, &at, &left, &miss)
             if st == Q2_OK:
                 e = load_l2e(&img.geo, at)
-                if not is_compressed(e) and (not has_cluster(&img.geo, e)
-                                             or entry_is_ours(img, guest_cl, e)):
-                    mask = subcluster_bits(first, n)
-                    e.bitmap = (e.bitmap & ~mask) | (mask << 32)
-                    store_l2e(&img.geo, at, e)
-                    st = entry_changed(img, slot, at)
+                if (not is_compressed(e)
+                        and (also_data or not holds_data(&img.geo, e, first, n))
+                        and (not has_cluster(&img.geo, e) or entry_is_ours(img, guest_cl, e))):
+                    new = e
+                    if img.geo.subclusters == 1:
+                        new.entry |= Q2_OFLAG_ZERO
+                    else:
+                        mask = subcluster_bits(first, n)
+                        new.bitmap = (e.bitmap & ~mask) | (mask << 32)
+                    if new.entry != e.entry or new.bitmap != e.bitmap:
+                        store_l2e(&img.geo, at, new)
+                        st = entry_changed(img, slot, at)
                     handled[0] = st == Q2_OK
         pthread_rwlock_unlock(&img.meta)
         if st == Q2_BUSY:
@@ -239,22 +255,53 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
     return st
 
 
+cdef q2_status zero_part(ImageState img, uint64_t guest_off, uint64_t end) noexcept nogil:
+    """A range inside one subcluster that is shorter than it. If the rest reads as zeros as well, and
+    no data is there, all of it becomes zeros, so that nothing has to be allocated."""
+    cdef uint64_t sub = <uint64_t>1 << img.geo.subcluster_bits
+    cdef uint64_t start = round_down(guest_off, sub)
+    cdef uint64_t stop = start + sub
+    cdef bint zero = False, handled = False
+    cdef q2_status st = Q2_OK
+    if guest_off >= end:
+        return Q2_OK
+    # The zeros of a raw data file are written, also over what somebody writes at this moment.
+    if img.geo.version >= 3 and not img.raw_data:
+        st = reads_as_zero(img, start, guest_off - start, &zero)
+        if st == Q2_OK and zero:
+            if stop > img.disk_size:
+                stop = img.disk_size
+            st = reads_as_zero(img, end, stop - end, &zero)
+        if st == Q2_OK and zero:
+            # A write to the rest since then is seen: it left data, or is still under way.
+            st = zero_subclusters_of(img, start, start + sub, False, &handled)
+    if st == Q2_OK and not handled:
+        st = write_zeros(img, guest_off, end)
+    return st
+
+
 cdef q2_status zero_edge(ImageState img, uint64_t guest_off, uint64_t end) noexcept nogil:
-    """A range inside one guest cluster."""
+    """A range inside one guest cluster that is shorter than it."""
     cdef uint64_t sub = <uint64_t>1 << img.geo.subcluster_bits
     cdef uint64_t first = round_up(guest_off, sub)
     cdef uint64_t last = round_down(end, sub)
     cdef bint handled = False
     cdef q2_status st
-    if img.geo.subclusters == 1 or first >= last:
-        return write_zeros(img, guest_off, end)
-    st = zero_subclusters_of(img, first, last, &handled)
+    if end == img.disk_size:
+        # The end of the disk completes the last subcluster.
+        last = round_up(end, sub)
+    if first > last or first > end:
+        return zero_part(img, guest_off, end)
+    if first == last:
+        st = zero_part(img, guest_off, first)
+        return zero_part(img, last, end) if st == Q2_OK else st
+    st = zero_subclusters_of(img, first, last, True, &handled)
     if st != Q2_OK:
         return st
     if not handled:
         return write_zeros(img, guest_off, end)
-    st = write_zeros(img, guest_off, first)
-    return write_zeros(img, last, end) if st == Q2_OK else st
+    st = zero_part(img, guest_off, first)
+    return zero_part(img, last, end) if st == Q2_OK else st
 
 
 cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, bint may_unmap,

@@ -76,7 +76,7 @@ cdef q2_status decode_fields(const uint8_t *buf, uint64_t nbytes, q2_header *out
     cdef q2_cursor at = q2_cursor_over(buf, nbytes)
     cdef uint32_t magic = q2_take_be32(&at)
     if not at.ok or magic != Q2_MAGIC:
-        return bad_field(0, b"this is not a qcow2 image: it does not start with the magic bytes")
+        return bad_field(0, b"Image is not in qcow2 format")
     out.version = q2_take_be32(&at)
     if not at.ok:
         return bad_field(0, b"the file ends inside the header")
@@ -116,22 +116,22 @@ cdef q2_status decode_fields(const uint8_t *buf, uint64_t nbytes, q2_header *out
 cdef q2_status check_fields(const q2_header *h) noexcept nogil:
     cdef uint64_t cluster_size
     if h.cluster_bits < Q2_MIN_CLUSTER_BITS or h.cluster_bits > Q2_MAX_CLUSTER_BITS:
-        return bad_field(Q2_HDR_CLUSTER_BITS, b"cluster_bits is outside 9 to 21")
+        return bad_field(Q2_HDR_CLUSTER_BITS, b"Unsupported cluster size")
     cluster_size = <uint64_t>1 << h.cluster_bits
     if h.version == 3 and h.header_length < Q2_HDR_V3_LENGTH:
-        return bad_field(Q2_HDR_HEADER_LENGTH, b"header_length is less than 104")
+        return bad_field(Q2_HDR_HEADER_LENGTH, b"qcow2 header too short")
     if h.header_length > cluster_size:
-        return bad_field(Q2_HDR_HEADER_LENGTH, b"header_length is more than one cluster")
+        return bad_field(Q2_HDR_HEADER_LENGTH, b"qcow2 header exceeds cluster size")
     if h.header_length & 7:
         return bad_field(Q2_HDR_HEADER_LENGTH, b"header_length is not a multiple of 8")
     if h.size > MAX_DISK:
-        return bad_field(Q2_HDR_SIZE, b"the disk size is 2^63 bytes or more")
+        return bad_field(Q2_HDR_SIZE, b"Image is too big")
     if h.refcount_order > Q2_MAX_REFCOUNT_ORDER:
-        return bad_field(Q2_HDR_REFCOUNT_ORDER, b"refcounts are wider than 64 bits")
+        return bad_field(Q2_HDR_REFCOUNT_ORDER, b"Reference count entry width too large; may not exceed 64 bits")
     if h.crypt_method > Q2_CRYPT_LUKS:
         return unsupported_field(Q2_HDR_CRYPT_METHOD, b"the encryption method is unknown")
     if h.nb_snapshots > Q2_MAX_SNAPSHOTS:
-        return bad_field(Q2_HDR_NB_SNAPSHOTS, b"there are more than 65536 snapshots")
+        return bad_field(Q2_HDR_NB_SNAPSHOTS, b"Snapshot table too large")
     if h.incompat & Q2_INCOMPAT_EXTL2 and h.cluster_bits < Q2_MIN_EXTL2_CLUSTER_BITS:
         return bad_field(Q2_HDR_CLUSTER_BITS,
                          b"extended L2 entries need clusters of at least 16 KiB")
@@ -139,23 +139,23 @@ cdef q2_status check_fields(const q2_header *h) noexcept nogil:
         return unsupported_field(Q2_HDR_COMPRESSION_TYPE, b"the compression type is unknown")
     if h.compression_type != Q2_COMPRESSION_DEFLATE and not h.incompat & Q2_INCOMPAT_COMPRESSION:
         return bad_field(Q2_HDR_COMPRESSION_TYPE,
-                         b"the compression type is set but its incompatible feature bit is not")
+                         b"qcow2: Compression type incompatible feature bit must be set")
     if h.compression_type == Q2_COMPRESSION_DEFLATE and h.incompat & Q2_INCOMPAT_COMPRESSION:
         return bad_field(Q2_HDR_INCOMPAT,
-                         b"the compression type feature bit is set but the type is zlib")
+                         b"qcow2: Compression type incompatible feature bit must not be set")
     if h.autoclear & Q2_AUTOCLEAR_RAW_DATA and not h.incompat & Q2_INCOMPAT_DATA_FILE:
         return bad_field(Q2_HDR_AUTOCLEAR,
-                         b"raw external data is set but there is no external data file")
+                         b"data-file-raw requires a data file")
     if h.backing_offset:
         if h.backing_offset < h.header_length:
             return bad_field(Q2_HDR_BACKING_OFFSET,
                              b"the backing file name overlaps the header fields")
         if h.backing_offset > cluster_size or h.backing_size > cluster_size - h.backing_offset:
             return bad_field(Q2_HDR_BACKING_OFFSET,
-                             b"the backing file name lies outside the first cluster")
+                             b"Invalid backing file offset")
         if h.backing_size > Q2_MAX_BACKING_NAME:
             return bad_field(Q2_HDR_BACKING_SIZE,
-                             b"the backing file name is longer than 1023 bytes")
+                             b"Backing file name too long")
     return Q2_OK
 
 
@@ -183,28 +183,28 @@ cdef q2_status validate(const q2_header *h, const q2_geometry *g,
     cdef q2_status st
     if l1_bytes > Q2_MAX_L1_BYTES:
         return fail(Q2_E_LIMIT, Q2_SITE_HEADER_READ, Q2_HDR_L1_SIZE,
-                    b"the L1 table is larger than 32 MiB")
+                    b"Active L1 table too large")
     if rt_bytes > Q2_MAX_RT_BYTES:
         return fail(Q2_E_LIMIT, Q2_SITE_HEADER_READ, Q2_HDR_RT_CLUSTERS,
-                    b"the refcount table is larger than 8 MiB")
+                    b"Reference count table too large")
     if rt_bytes == 0:
-        return bad_field(Q2_HDR_RT_CLUSTERS, b"there is no refcount table")
+        return bad_field(Q2_HDR_RT_CLUSTERS, b"Image does not contain a reference count table")
     if h.l1_size < l1_entries_for(g, h.size):
-        return bad_field(Q2_HDR_L1_SIZE, b"the L1 table is too small for the disk")
+        return bad_field(Q2_HDR_L1_SIZE, b"L1 table is too small")
     st = check_table(Q2_HDR_RT_OFFSET, h.rt_offset, rt_bytes, g.cluster_size, file_size,
-                     b"the refcount table is not aligned to a cluster",
+                     b"Reference count table offset invalid",
                      b"the refcount table lies beyond the end of the file")
     if st != Q2_OK:
         return st
     st = check_table(Q2_HDR_L1_OFFSET, h.l1_offset, l1_bytes, g.cluster_size, file_size,
-                     b"the L1 table is not aligned to a cluster",
+                     b"Active L1 table offset invalid",
                      b"the L1 table lies beyond the end of the file")
     if st != Q2_OK:
         return st
     # 40 bytes are the least that a snapshot's entry takes; the table's reader checks the rest.
     st = check_table(Q2_HDR_SNAPSHOTS_OFFSET, h.snapshots_offset, <uint64_t>h.nb_snapshots * 40,
                      g.cluster_size, file_size,
-                     b"the snapshot table is not aligned to a cluster",
+                     b"Snapshot table offset invalid",
                      b"the snapshot table lies beyond the end of the file")
     if st != Q2_OK:
         return st
@@ -308,8 +308,10 @@ cdef class Header:
         """Raises UnsupportedFeature, naming each, if there are unknown incompatible features."""
         if self.unknown_incompat:
             listed = ", ".join(self.unknown_incompat)
-            raise UnsupportedFeature(f"{name}: the image needs features that are not supported: "
+            exc = UnsupportedFeature(f"{name}: the image needs features that are not supported: "
                                      f"{listed}", features=tuple(self.unknown_incompat))
+            exc.unknown_bits = tuple(unknown_bits(self))
+            raise exc
 
     # --- making and writing ----------------------------------------------------------------
 
@@ -599,8 +601,8 @@ cdef int parse_extensions(Header self, bytes cluster, object name) except -1:
             return 0
         if nbytes > cur.remaining:
             raise bad_extension(
-                name, at, f"header extension {kind:#010x} of {nbytes} bytes is longer than "
-                f"the {cur.remaining} bytes that remain for it")
+                name, at, "Header extension too large", f": {kind:#010x} of {nbytes} bytes, where "
+                f"{cur.remaining} remain for it")
         if kind in known and kind in seen:
             raise bad_extension(name, at, f"header extension {kind:#010x} is there twice")
         seen.add(kind)
@@ -666,6 +668,10 @@ cdef int check_bitmaps_extension(Header self, bytes data, object name) except -1
 
 
 cdef list name_unknown_incompat(Header self):
+    return [name or f"unknown incompatible feature bit {bit}" for bit, name in unknown_bits(self)]
+
+
+cdef list unknown_bits(Header self):
     unknown = self.fields.incompat & ~Q2_INCOMPAT_KNOWN
     names = {}
     table = self.extension(Q2_EXT_FEATURE_NAMES) or b""
@@ -675,8 +681,7 @@ cdef list name_unknown_incompat(Header self):
             # Ends up in messages: nothing that could drive a terminal.
             names[table[at + 1]] = raw.decode("utf-8", "replace").encode(
                 "unicode_escape").decode("ascii")
-    return [names.get(bit) or f"unknown incompatible feature bit {bit}"
-            for bit in range(64) if unknown >> bit & 1]
+    return [(bit, names.get(bit)) for bit in range(64) if unknown >> bit & 1]
 
 
 cdef void store_fields(const q2_header *h, uint8_t *out) noexcept nogil:
@@ -710,9 +715,11 @@ def feature_name_table():
                     for kind, bit, name in FEATURE_NAMES)
 
 
-cdef object bad_extension(object name, object at, str what):
+cdef object bad_extension(object name, object at, str what, str more=""):
     where = "" if at is None else f" (offset {at:#x}, header_read)"
-    return FormatError(f"{name}: {what}{where}")._where(str(name), at, "header_read")
+    exc = FormatError(f"{name}: {what}{more}{where}")._where(str(name), at, "header_read")
+    exc.what = what
+    return exc
 
 
 cdef str text_of(bytes raw):

@@ -11,6 +11,11 @@ from qcow2x._core.storage cimport q2_extent
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil
 
+# No lock held. The first run at guest_off in this layer, with its own Q2_KIND: UNALLOCATED for what a
+# backing file shows.
+cdef q2_status layer_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                            q2_extent *out) noexcept nogil
+
 # No lock held. The first run at guest_off, through the chain: DATA (also for compressed) or ZERO.
 cdef q2_status guest_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
                             q2_extent *out) noexcept nogil

@@ -116,6 +116,19 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     return st
 
 
+cdef q2_status layer_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                            q2_extent *out) noexcept nogil:
+    cdef q2_plan plan
+    cdef uint32_t parity = 0
+    cdef bint entered = False
+    cdef q2_status st = plan_next(img, guest_off, nbytes, &plan, &entered, &parity)
+    if st == Q2_OK:
+        out[0] = plan.extent[0]
+    if entered:
+        leave_request(img, parity)
+    return st
+
+
 cdef q2_status guest_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
                             q2_extent *out) noexcept nogil:
     cdef q2_plan plan

@@ -1,201 +1,304 @@
-"""``qcow2x info``: what an image says of itself. Opens nothing that the image names."""
+"""``info``: what an image says of itself, and of the files that it lies in."""
 
 from __future__ import annotations
 
 import os
-import stat
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcow2x.cli.options import FORMAT, OUTPUT, SHARE, Option, one_file, output_format, parse
-from qcow2x.cli.text import human_size, json_text
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import open_disk
+from qcow2x.cli.options import (
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    SHARE,
+    Option,
+    one_file,
+    output_format,
+    parse,
+)
+from qcow2x.cli.report import CommandError
+from qcow2x.cli.text import human_size, json_text, snapshot_lines
+
+if TYPE_CHECKING:
+    from qcow2x.drivers import Node
 
 OPTIONS = (
     FORMAT,
     OUTPUT,
     Option("", "backing-chain", None, "also describe the backing file, its backing file, ..."),
     SHARE,
+    OBJECT,
+    IMAGE_OPTS,
 )
-QCOW2_MAGIC = b"QFI\xfb"
-USAGE = "[-f FMT] [--output=human|json] [--backing-chain] [-U] FILE"
+USAGE = (
+    "[--object OBJECT] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILE"
+)
 
 
 def main(argv: list[str]) -> int:
     parsed = parse("info", USAGE, OPTIONS, argv)
+    path = one_file(parsed)
     style = output_format(parsed)
-    chain = parsed.flag("backing-chain")
-    infos = _describe_chain(one_file(parsed), parsed.value("format"), chain)
+    whole = parsed.flag("backing-chain")
+    options = {
+        "image_opts": parsed.flag("image-opts"),
+        "secrets": read_objects(parsed.values("object")),
+        "force_share": parsed.flag("force-share"),
+    }
+    infos = _describe_chain(path, parsed.value("format"), whole, options)
     if style == "json":
-        print(json_text(infos if chain else infos[0]))
+        ordered = [_in_qemu_order(info) for info in infos]
+        print(json_text(ordered if whole else ordered[0]))
     else:
-        print("\n\n".join("\n".join(_human(info)) for info in infos))
+        print("\n\n".join("\n".join(_human(info, 0, "/")) for info in infos))
     return 0
 
 
-def _describe_chain(path: str, format: str | None, whole: bool) -> list[dict[str, Any]]:
+def _describe_chain(
+    name: str, format: str | None, whole: bool, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    # Each layer is opened alone: what is below one that cannot be used is still told of.
     infos: list[dict[str, Any]] = []
-    seen: set[tuple[int, int]] = set()
+    seen: set[str] = set()
     while True:
-        info = describe(path, format)
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
-            raise ValueError(f"Backing file '{path}' creates an infinite loop.")
-        seen.add((status.st_dev, status.st_ino))
+        if name in seen:
+            raise CommandError(f"Backing file '{name}' creates an infinite loop.")
+        seen.add(name)
+        with open_disk(name, format, io=False, backing=False, **options) as node:
+            info = describe(node)
         infos.append(info)
-        if not whole or "full-backing-filename" not in info:
+        if not whole or "backing-filename" not in info:
             return infos
-        path, format = info["full-backing-filename"], info.get("backing-filename-format")
+        if "full-backing-filename" not in info:
+            raise CommandError(
+                "Could not determine absolute backing filename, but backing filename "
+                f"'{info['backing-filename']}' present"
+            )
+        name, format = info["full-backing-filename"], info.get("backing-filename-format")
+        options = {**options, "image_opts": False}
 
 
-def describe(path: str, format: str | None) -> dict[str, Any]:
-    """The members of QEMU's ``BlockGraphInfo``, in the order in which QEMU prints them."""
-    # Not qcow2x.ops.disk: what it imports besides would be half of this command's time.
-    from qcow2x.storage import open_storage
+# ---- What there is to tell -----------------------------------------------------------------------
 
-    with open_storage(path) as storage:
-        if format is None:
-            format = "qcow2" if storage.pread(4, 0) == QCOW2_MAGIC else "raw"
-        if format not in ("qcow2", "raw"):
-            raise ValueError(f"Could not open '{path}': Unknown driver '{format}'")
-        file_size = storage.size()
-        header = encryption = None
-        if format == "qcow2":
-            from qcow2x._core.header import Header
 
-            header = Header.load(storage.pread, file_size, path)
-            if header.encryption:
-                encryption = _encryption(storage, header)
-    status = os.stat(path)
-    actual_size = status.st_blocks * 512
-    protocol = "host_device" if stat.S_ISBLK(status.st_mode) else "file"
-    whole_sectors = -(-file_size // 512) * 512
-
-    info: dict[str, Any] = {"children": [_file_node(path, protocol, whole_sectors, actual_size)]}
-    if header is None:
-        info["virtual-size"] = whole_sectors
-        info["filename"] = path
-        info["format"] = "raw"
-        info["actual-size"] = actual_size
+def describe(node: Node) -> dict[str, Any]:
+    """The members of QEMU's ``BlockGraphInfo`` for a node and those below it."""
+    info: dict[str, Any] = {
+        "children": [
+            {"name": name, "info": describe(child)}
+            # The one that was opened last comes first.
+            for name, child in reversed(node.children.items())
+        ],
+        "virtual-size": node.size,
+        "filename": node.filename,
+        "format": node.driver,
+    }
+    allocated = allocated_bytes(node)
+    if allocated is not None:
+        info["actual-size"] = allocated
+    if _is_cleanly_described(node):
         info["dirty-flag"] = False
-        return info
-    if header.backing_format:
-        info["backing-filename-format"] = header.backing_format
-    info["virtual-size"] = header.size
-    info["filename"] = path
-    info["cluster-size"] = header.cluster_size
-    info["format"] = "qcow2"
-    info["actual-size"] = actual_size
-    info["format-specific"] = {"type": "qcow2", "data": _specific(header, encryption)}
-    if header.backing_file:
-        info["full-backing-filename"] = _resolve(path, header.backing_file)
-    if header.encryption:
+    if node.driver in ("file", "host_device"):
+        info["format-specific"] = {"type": "file", "data": {}}
+    elif node.driver == "qcow2":
+        _describe_qcow2(node, info)
+    elif node.driver == "luks":
         info["encrypted"] = True
-    if header.backing_file:
-        info["backing-filename"] = header.backing_file
-    info["dirty-flag"] = header.dirty
+        info["format-specific"] = {"type": "luks", "data": _luks_members(node.luks)}
     return info
 
 
-def _file_node(path: str, protocol: str, size: int, actual_size: int) -> dict[str, Any]:
-    return {
-        "name": "file",
-        "info": {
-            "children": [],
-            "virtual-size": size,
-            "filename": path,
-            "format": protocol,
-            "actual-size": actual_size,
-            "format-specific": {"type": "file", "data": {}},
-            "dirty-flag": False,
-        },
+def _is_cleanly_described(node: Node) -> bool:
+    """Whether the driver says of itself whether it was shut down cleanly; filters and raw say what
+    their child says."""
+    if node.driver in ("file", "host_device", "qcow2", "luks"):
+        return True
+    return node.file is not None and _is_cleanly_described(node.file)
+
+
+def allocated_bytes(node: Node) -> int | None:
+    """Bytes that the host gives to a node's files; None where a driver cannot tell."""
+    if node.is_protocol and not node.children:
+        try:
+            return os.fstat(node.storage.fileno()).st_blocks * 512
+        except (AttributeError, OSError):
+            return None
+    total = 0
+    for name, child in node.children.items():
+        if name != "backing":
+            part = allocated_bytes(child)
+            if part is None:
+                return None
+            total += part
+    return total
+
+
+def _describe_qcow2(node: Node, info: dict[str, Any]) -> None:
+    from qcow2x.drivers.errors import OptionError
+
+    header: Any = node.header
+    storage = node.children["file"].storage
+    info["cluster-size"] = header.cluster_size
+    info["dirty-flag"] = header.dirty
+    if header.encryption:
+        info["encrypted"] = True
+    info["format-specific"] = {"type": "qcow2", "data": _qcow2_members(node, header, storage)}
+    if header.backing_file:
+        info["backing-filename"] = header.backing_file
+        if header.backing_format:
+            info["backing-filename-format"] = header.backing_format
+        try:
+            info["full-backing-filename"] = node.full_backing_filename
+        except OptionError:
+            pass
+    if header.nb_snapshots:
+        from qcow2x.snapshot import read_table
+
+        info["snapshots"] = [_snapshot(entry) for entry in read_table(storage, header)]
+
+
+def _snapshot(entry: Any) -> dict[str, Any]:
+    told = {
+        "id": entry.id,
+        "name": entry.name,
+        "vm-state-size": entry.vm_state_size,
+        "date-sec": entry.date_sec,
+        "date-nsec": entry.date_nsec,
+        "vm-clock-sec": entry.vm_clock_nsec // 10**9,
+        "vm-clock-nsec": entry.vm_clock_nsec % 10**9,
     }
+    if entry.icount is not None:
+        told["icount"] = entry.icount
+    return told
+
+
+def _qcow2_members(node: Node, header: Any, storage: Any) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "compat": header.compat,
+        "compression-type": header.compression_type,
+        "refcount-bits": header.refcount_bits,
+    }
+    if header.encryption:
+        data["encrypt"] = _encryption(storage, header)
+    if header.version < 3:
+        return data
+    data["lazy-refcounts"] = header.lazy_refcounts
+    data["corrupt"] = header.corrupt
+    data["extended-l2"] = header.extended_l2
+    if header.bitmap_directory is not None:
+        from qcow2x.bitmap import read_directory_of
+
+        directory = read_directory_of(storage, header, header.size, node.filename)
+        data["bitmaps"] = [
+            {
+                "name": entry.name.decode("utf-8", "surrogateescape"),
+                "granularity": 1 << entry.granularity_bits,
+                "flags": ["in-use"] * entry.broken + ["auto"] * entry.auto,
+            }
+            for entry in directory.entries
+        ]
+    if header.has_data_file:
+        if header.data_file:
+            data["data-file"] = header.data_file
+        data["data-file-raw"] = header.data_file_raw
+    return data
 
 
 def _encryption(storage: Any, header: Any) -> dict[str, Any]:
     if header.encryption != "luks":
         return {"format": header.encryption}
-    from qcow2x.encryption import describe
+    from qcow2x.encryption import describe as describe_luks
     from qcow2x.errors import FormatError
 
     try:
-        luks = describe(storage, header)
+        return {"format": "luks", **_luks_members(describe_luks(storage, header))}
     except FormatError:
         # A cipher that is not known here, or damage: all else can still be told.
         return {"format": "luks"}
+
+
+def _luks_members(luks: Any) -> dict[str, Any]:
     told: dict[str, Any] = {
+        "cipher-alg": luks.cipher,
+        "cipher-mode": luks.mode,
         "ivgen-alg": luks.ivgen,
         "hash-alg": luks.hash,
-        "cipher-alg": luks.cipher,
+        "detached-header": False,
+        "payload-offset": luks.payload_offset,
+        "master-key-iters": luks.master_key_iterations,
         "uuid": luks.uuid,
     }
     if luks.ivgen_hash is not None:
         told["ivgen-hash-alg"] = luks.ivgen_hash
-    told.update({"format": "luks", "cipher-mode": luks.mode})
     told["slots"] = [
         {"active": True, "iters": s.iterations, "key-offset": s.key_offset, "stripes": s.stripes}
         if s.active
         else {"active": False, "key-offset": s.key_offset}
         for s in luks.slots
     ]
-    told["payload-offset"] = luks.payload_offset
-    told["master-key-iters"] = luks.master_key_iterations
     return told
 
 
-def _specific(header: Any, encryption: dict[str, Any] | None) -> dict[str, Any]:
-    is_v3 = header.version >= 3
-    data: dict[str, Any] = {"compat": header.compat, "compression-type": header.compression_type}
-    if is_v3:
-        data["lazy-refcounts"] = header.lazy_refcounts
-    data["refcount-bits"] = header.refcount_bits
-    if header.has_data_file and header.data_file:
-        data["data-file"] = header.data_file
-    if encryption is not None:
-        data["encrypt"] = encryption
-    if header.has_data_file:
-        data["data-file-raw"] = header.data_file_raw
-    if is_v3:
-        data["corrupt"] = header.corrupt
-        data["extended-l2"] = header.extended_l2
-    return data
+# ---- Printing it ---------------------------------------------------------------------------------
 
 
-def _resolve(path: str, name: str) -> str:
-    """A backing file's name as seen from here: relative names count from the image's folder."""
-    protocol = name.partition("/")[0].find(":") > 0
-    return name if protocol else os.path.join(os.path.dirname(path), name)
+def _in_qemu_order(value: Any) -> Any:
+    from qcow2x.drivers.naming import in_qemu_order
+
+    if isinstance(value, dict):
+        return {key: _in_qemu_order(value[key]) for key in in_qemu_order(list(value))}
+    if isinstance(value, list):
+        return [_in_qemu_order(item) for item in value]
+    return value
 
 
-def _human(info: dict[str, Any]) -> list[str]:
+def _human(info: dict[str, Any], depth: int, path: str) -> list[str]:
+    indent = "    " * depth
+    # Below the top a node without children is no disk but what one is stored in.
+    stores = depth > 0 and not info["children"]
+    name, kind, size_name = (
+        ("filename", "protocol type", "file length")
+        if stores
+        else ("image", "file format", "virtual size")
+    )
+    size = info["virtual-size"]
+    allocated = info.get("actual-size")
     lines = [
-        f"image: {info['filename']}",
-        f"file format: {info['format']}",
-        f"virtual size: {human_size(info['virtual-size'])} ({info['virtual-size']} bytes)",
-        f"disk size: {human_size(info['actual-size'])}",
+        f"{name}: {info['filename']}",
+        f"{kind}: {info['format']}",
+        f"{size_name}: {human_size(size)} ({size} bytes)",
+        f"disk size: {'unavailable' if allocated is None else human_size(allocated)}",
     ]
     if info.get("encrypted"):
         lines.append("encrypted: yes")
     if "cluster-size" in info:
         lines.append(f"cluster_size: {info['cluster-size']}")
-    if info["dirty-flag"]:
+    if info.get("dirty-flag"):
         lines.append("cleanly shut down: no")
     if "backing-filename" in info:
-        name, full = info["backing-filename"], info["full-backing-filename"]
-        lines.append(f"backing file: {name}" + ("" if name == full else f" (actual path: {full})"))
-    if "backing-filename-format" in info:
-        lines.append(f"backing file format: {info['backing-filename-format']}")
-    if "format-specific" in info:
+        lines.append(f"backing file: {_backing_words(info)}")
+        if "backing-filename-format" in info:
+            lines.append(f"backing file format: {info['backing-filename-format']}")
+    if "snapshots" in info:
+        lines.append("Snapshot list:")
+        lines += snapshot_lines(info["snapshots"])
+    if info.get("format-specific", {}).get("data"):
         lines.append("Format specific information:")
-        lines += _human_members(info["format-specific"]["data"], "    ")
-    node = info["children"][0]["info"]
-    size = node["virtual-size"]
-    return [
-        *lines,
-        "Child node '/file':",
-        f"    filename: {node['filename']}",
-        f"    protocol type: {node['format']}",
-        f"    file length: {human_size(size)} ({size} bytes)",
-        f"    disk size: {human_size(node['actual-size'])}",
-    ]
+        lines += _human_members(_in_qemu_order(info["format-specific"]["data"]), "    ")
+    lines = [indent + line for line in lines]
+    for child in info["children"]:
+        lines.append(f"{indent}Child node '{path}{child['name']}':")
+        lines += _human(child["info"], depth + 1, f"{path}{child['name']}/")
+    return lines
+
+
+def _backing_words(info: dict[str, Any]) -> str:
+    name, full = info["backing-filename"], info.get("full-backing-filename")
+    if full is None:
+        return f"{name} (cannot determine actual path)"
+    return name if name == full else f"{name} (actual path: {full})"
 
 
 def _human_members(members: dict[str, Any], indent: str) -> list[str]:

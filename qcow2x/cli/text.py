@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -76,3 +79,21 @@ class ProgressBar:
             if kind is None:
                 self.show(100.0)
             print(flush=True)
+
+
+def snapshot_lines(snapshots: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of internal snapshots, from members of QEMU's ``SnapshotInfo``, with its head."""
+    rows = [("ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT")]
+    for one in snapshots:
+        seconds, milliseconds = one["vm-clock-sec"], one["vm-clock-nsec"] // 10**6
+        clock = (
+            f"{seconds // 3600:04d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}.{milliseconds:03d}"
+        )
+        made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one["date-sec"]))
+        icount = str(one.get("icount", "--"))
+        size = human_size(one["vm-state-size"])
+        rows.append((one["id"], one["name"], size, made, clock, icount))
+    return [
+        f"{ident:<7} {name:<16} {size:>8} {made:>19} {clock:>15} {icount:>10}"
+        for ident, name, size, made, clock, icount in rows
+    ]

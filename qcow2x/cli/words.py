@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 
 from qcow2x.drivers.errors import OpenError
-from qcow2x.errors import ImageLocked, NoSpace, StorageError
+from qcow2x.errors import (
+    ImageLocked,
+    KeyRequired,
+    NoSpace,
+    Qcow2Error,
+    StorageError,
+    UnsupportedFeature,
+)
 
 
 def opening(exc: BaseException, filename: str) -> str:
@@ -20,6 +27,10 @@ def reason(exc: BaseException) -> str:
         return f"{exc.doing}: {reason(exc.__cause__)}"
     if isinstance(exc, ImageLocked) and exc.permission:
         return f'Failed to get {"shared " if exc.shared else ""}"{exc.permission}" lock'
+    if isinstance(exc, KeyRequired):
+        return "Invalid password, cannot unlock any keyslot"
+    if isinstance(exc, UnsupportedFeature) and exc.unknown_bits is not None:
+        return f"Unsupported qcow2 feature(s): {', '.join(_features(exc))}"
     if isinstance(exc, (NoSpace, StorageError)) and exc.errno:
         return os.strerror(exc.errno)
     if isinstance(exc, OSError) and exc.errno is not None:
@@ -27,7 +38,16 @@ def reason(exc: BaseException) -> str:
         if exc.filename is not None:
             return f"Could not open '{os.fsdecode(exc.filename)}': {text}"
         return text
+    if isinstance(exc, Qcow2Error) and exc.what is not None:
+        return exc.what
     return str(exc) or type(exc).__name__
+
+
+def _features(exc: UnsupportedFeature) -> list[str]:
+    """The features that an image says the names of, then the bits of all others as one number."""
+    unnamed = sum(1 << bit for bit, name in exc.unknown_bits or () if name is None)
+    names = [name for _, name in exc.unknown_bits or () if name is not None]
+    return names + ([f"Unknown incompatible feature: {unnamed:x}"] if unnamed else [])
 
 
 def hint(exc: BaseException) -> str:

@@ -177,6 +177,7 @@ def take_number(options: Options, key: str) -> int | None:
         number = int(as_text(value), 0)
     except ValueError:
         raise OptionError(f"Parameter '{key}' expects a number") from None
-    if not 0 <= number < 1 << 64:
+    if not -(1 << 64) < number < 1 << 64:
         raise OptionError(f"Value '{value}' is too large for parameter '{key}'")
-    return number
+    # As C has it: -1 is the largest there is.
+    return number % (1 << 64)

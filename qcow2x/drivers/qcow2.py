@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qcow2x.drivers import options as opts
+from qcow2x.drivers import qcow2_options
+from qcow2x.drivers.errors import OptionError
 from qcow2x.drivers.node import Node
 from qcow2x.drivers.options import Options
 from qcow2x.types import Extent
@@ -28,18 +29,26 @@ class Qcow2Node(Node):
 
         file = self.children["file"].storage
         self.header = header = Header.load(file.pread, file.size(), file.name)
+        header.require_supported(file.name)
         self.backing_file = self.auto_backing = header.backing_file or ""
         self.backing_format = header.backing_format or None
-        self._key_secret = opts.take_text(options, "encrypt.key-secret")
-        opts.take_text(options, "encrypt.format")
+        self._settings = qcow2_options.take(options, header, self.unmap)
         self._open_data_file(options)
+        if self.graph.io and header.encryption is not None and self._settings.key_secret is None:
+            raise OptionError("Parameter 'encrypt.key-secret' is required for cipher")
 
     def _open_data_file(self, options: Options) -> None:
-        wanted = self.header.has_data_file
         given = "data-file" in options or any(key.startswith("data-file.") for key in options)
-        if wanted or given:
-            name = None if given else self.header.data_file
-            self.graph.open_child(self, "data-file", options, name, probing=False)
+        if not self.header.has_data_file:
+            if given:
+                raise OptionError(
+                    "'data-file' can only be set for images with an external data file"
+                )
+            return
+        name = None if given else self.header.data_file
+        if name is None and not given:
+            raise OptionError("'data-file' is required for this image")
+        self.graph.open_child(self, "data-file", options, name)
 
     def complete(self, backing: Node | None) -> None:
         if not self.graph.io:
@@ -53,7 +62,8 @@ class Qcow2Node(Node):
             withheld = backing is None and not self.no_backing
             below = False if withheld else GuestDisk(None if backing is None else backing.storage)
         data = self.children.get("data-file")
-        secret = self._key_secret
+        settings = self._settings
+        secret = settings.key_secret
         self.image = qcow2x.open(
             self.children["file"].storage,
             "r+" if self.writable else "r",
@@ -61,7 +71,10 @@ class Qcow2Node(Node):
             lock=False,
             backing=below,
             data_file=None if data is None else data.storage,
-            key=None if secret is None else self.graph.secret(secret),
+            key=None if self.header.encryption is None else self.graph.secret(secret or ""),
+            l2_cache_size=settings.l2_cache_size,
+            overlap_check=settings.overlap_check,
+            discard_to_host=settings.discard_to_host,
         )
         self.storage = self.image
 

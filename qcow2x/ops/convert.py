@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qcow2x.errors import Cancelled
-from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, extents_of, is_disk, open_disk, read_padded
-from qcow2x.ops.pipeline import Pipeline, usable_cpus
+from qcow2x.errors import CorruptImage, Qcow2Error
+from qcow2x.ops.copyjob import COMPRESSION_TYPES, CopyJob, Damage, locate
+from qcow2x.ops.disk import SECTOR, ConcatDisk, RawDisk, image_of, is_disk, names_under, open_disk
+from qcow2x.ops.pipeline import usable_cpus
+from qcow2x.ops.rate import RateLimit
 from qcow2x.ops.target import NewFile, is_device, is_path
-from qcow2x.types import Extent, Progress
+from qcow2x.types import Progress
 
-DATA, ZERO, KEEP = "data", "zero", "keep"
+if TYPE_CHECKING:
+    from qcow2x.encryption import Encryption
 
-#: Bytes of guest data in one task: long enough that a task's fixed cost does not show, short
-#: enough that tasks stay in the processor's cache and a cancel is answered at once.
-TASK_BYTES = 1 << 20
-#: Runs in one task, for sources of many small ones.
-TASK_RUNS = 128
-#: A zero run is written in pieces of this, so that it can be cancelled between them.
-ZERO_PIECE = 64 << 20
-MEMORY_BASE = 64 << 20
-MEMORY_PER_THREAD = 4 << 20
+__all__ = ["ConvertResult", "Damage", "convert"]
 
-COMPRESSION_TYPES = {"zlib": 0, "zstd": 1}
-
-#: (DATA | ZERO | KEEP, offset, length) of one stretch of the guest disk.
-Run = tuple[str, int, int]
+FORMATS = ("qcow2", "raw")
+#: What copying the bitmaps may do about those that missed writes.
+BITMAPS = ("none", "all", "usable")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +40,11 @@ class ConvertResult:
     zero_bytes: int
     #: What the host gives to the target now.
     actual_size: int
-
-
-class _Slot:
-    """The memory of one task in flight."""
-
-    def __init__(self, nbytes: int, compress: bool) -> None:
-        # Anonymous maps: page aligned, as O_DIRECT asks, and no memory until they are used.
-        self.raw = memoryview(mmap.mmap(-1, nbytes))
-        self.packed = memoryview(mmap.mmap(-1, nbytes)) if compress else memoryview(b"")
+    #: Guest bytes that could not be read and are zeros in the target (only with ``salvage``).
+    lost_bytes: int = 0
+    #: Names of the persistent bitmaps that were copied, and of those that were left out.
+    bitmaps: tuple[str, ...] = ()
+    skipped_bitmaps: tuple[str, ...] = ()
 
 
 def convert(
@@ -77,10 +65,18 @@ def convert(
     preallocation: str = "off",
     backing_file: str | None = None,
     backing_format: str | None = None,
+    data_file: str | os.PathLike[str] | None = None,
+    data_file_raw: bool = False,
+    encryption: Encryption | None = None,
     size: int | None = None,
     sparse_size: int = 4096,
     target_exists: bool = False,
     target_is_zero: bool = False,
+    bitmaps: str = "none",
+    salvage: bool = False,
+    on_damage: Callable[[Damage], object] | None = None,
+    copy_offload: bool = False,
+    rate_limit: int | None = None,
     cache: str = "writeback",
     src_cache: str = "writeback",
     references: Any = "deny",
@@ -97,21 +93,42 @@ def convert(
     content is replaced, and options that describe a new image do not count.
 
     A new file appears whole and durable, or not at all: it is written under a temporary
-    name beside the target and renamed. The bytes of the target do not depend on *threads* (default:
-    one per CPU, at most 16). Memory stays below 64 MiB + 4 MiB a thread.
+    name beside the target and renamed (a *data_file* is written in its place). The bytes of the
+    target do not depend on *threads* (default: one per CPU, at most 16), but for the keys of an
+    encrypted one. Memory stays below 64 MiB + 4 MiB a thread.
 
     Runs of at least *sparse_size* zero bytes (0: look for none and allocate everything) are not
     stored. With *backing_file* only what the top layer of *src* holds is copied, as the backing
-    file already shows the rest. *level* is 1..9 for zlib and 1..19 for zstd. *references* is the
-    policy for files that the source names, *lock* says whether to heed other programs' locks (see
-    :func:`qcow2x.open`). Returning False from *progress* cancels.
+    file already shows the rest. *level* is 1..9 for zlib and 1..19 for zstd. *encryption* makes the
+    target an encrypted image, as for :func:`qcow2x.create`; *key* opens an encrypted source.
+    *references* is the policy for files that the source names, *lock* says whether to heed other
+    programs' locks (see :func:`qcow2x.open`). Returning False from *progress* cancels.
 
-    Raises Cancelled, ImageLocked, ValueError for options that do not go together, and what opening, reading and
-    writing raise.
+    ==============  ===========================================================================
+    bitmaps         ``"all"`` copies the persistent bitmaps of the source as well and raises
+                    CorruptImage if one missed writes; ``"usable"`` leaves those out
+    salvage         sectors that cannot be read become zeros; *on_damage* is called with a
+                    :class:`Damage` for each, in the order of the disk, from any thread
+    copy_offload    lets the kernel copy from file to file where it can; no zeros are looked
+                    for then
+    rate_limit      bytes of data written per second, at most
+    ==============  ===========================================================================
+
+    Raises Cancelled, ImageLocked, ValueError for options that do not go together, and what opening,
+    reading and writing raise. Such an exception has the attributes ``doing`` (``"creating"``,
+    ``"reading"``, ``"writing"`` or ``"reading block status"``) and ``guest_offset``, if it is known
+    what was being done for which byte of the disk.
     """
     _check_options(dst_format, compress, compression_type, preallocation, sparse_size, threads)
     if backing_file is not None and not backing_format:
         raise ValueError("Use of backing file requires explicit backing format")
+    if compress and encryption is not None:
+        raise ValueError("Compression and encryption not supported at the same time")
+    if bitmaps not in BITMAPS:
+        raise ValueError(f"bitmaps must be one of {', '.join(BITMAPS)}")
+    if copy_offload and (compress or salvage):
+        raise ValueError("copy_offload goes neither with compress nor with salvage")
+    rate = None if rate_limit is None else RateLimit(rate_limit)
     options = {
         "cluster_size": cluster_size,
         "compat": compat,
@@ -122,12 +139,16 @@ def convert(
         "lazy_refcounts": lazy_refcounts,
         "extended_l2": extended_l2,
         "compression_type": compression_type,
+        "data_file": data_file,
+        "data_file_raw": data_file_raw,
+        "encryption": encryption,
     }
     with ExitStack() as stack:
         source = _open_source(
             stack, src, src_format, cache=src_cache, references=references,
             snapshot=snapshot, key=key, lock=lock,
         )  # fmt: skip
+        bitmap_source = _bitmap_source(source, bitmaps)
         granule = SECTOR if dst_format == "qcow2" else 1
         wanted = -(-source.size // granule) * granule if size is None else size
 
@@ -135,7 +156,7 @@ def convert(
         # Whether all of the target reads as zeros, apart from what a backing file shows.
         is_fresh = not target_exists
         if target_exists:
-            target = _open_existing(stack, dst, dst_format, cache, references, lock)
+            target = _open_existing(stack, dst, dst_format, cache, references, key, lock)
             wanted = target.size
         elif is_device(dst) and dst_format == "raw":
             target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
@@ -143,50 +164,63 @@ def convert(
             is_fresh = False
         elif is_device(dst) or not is_path(dst):
             # A device, descriptor or object has no other name to be written under.
-            if dst_format == "raw":
-                target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
-                target.resize(0, shrink=True)
-                target.resize(wanted, preallocation=preallocation)
-            else:
-                target = _create_image(stack, dst, wanted, cache, references, backing_file, options)
+            with _creating():
+                if dst_format == "raw":
+                    target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
+                    target.resize(0, shrink=True)
+                    target.resize(wanted, preallocation=preallocation)
+                else:
+                    target = _create_image(stack, dst, wanted, cache, references, options)
         else:
             _refuse_own_source(source, dst)
-            new_file = stack.enter_context(NewFile(dst, lock=lock))
-            if dst_format == "raw":
-                target = RawDisk(new_file.path, "r+", cache)
-                stack.callback(target.close)
-                target.resize(wanted, preallocation=preallocation)
-            else:
-                # Nobody sees the file before it is whole and synced: the order of its writes
-                # needs no barriers of its own.
-                inner = "unsafe" if cache == "writeback" else cache
-                target = _create_image(
-                    stack, new_file.path, wanted, inner, references, backing_file, options
-                )
+            with _creating():
+                new_file = stack.enter_context(NewFile(dst, lock=lock))
+                if dst_format == "raw":
+                    target = RawDisk(new_file.path, "r+", cache)
+                    stack.callback(target.close)
+                    target.resize(wanted, preallocation=preallocation)
+                else:
+                    # Nobody sees the file before it is whole and synced: the order of its writes
+                    # needs no barriers of its own.
+                    inner = "unsafe" if cache == "writeback" else cache
+                    target = _create_image(stack, new_file.path, wanted, inner, references, options)
 
         if wanted < source.size:
             raise ValueError("output file is smaller than input file")
 
-        job = _Job(
+        job = CopyJob(
             source=source,
             target=target,
             size=min(wanted, -(-source.size // SECTOR) * SECTOR),
+            zero_from=0 if target_is_zero else _zeros_from(target, wanted, is_fresh),
             compress=compress,
-            compression_type=compression_type,
             level=level or 0,
             sparse_size=sparse_size,
             keep_lower=backing_file is not None,
-            reads_zero=target_is_zero or (is_fresh and backing_file is None),
+            offload=copy_offload,
+            rate=rate,
+            salvage=salvage,
+            on_damage=on_damage,
             progress=progress,
         )
         job.run(threads or min(usable_cpus(), 16))
+        copied, skipped = _copy_bitmaps(bitmap_source, target, bitmaps)
         target.flush()
         # Of a growing image, closing trims what was reserved ahead: it has to come before the sync.
         if target is not dst:
             target.close()
         if new_file is not None:
             new_file.commit(sync=cache != "unsafe")
-        return job.result(dst, wanted)
+        return ConvertResult(
+            size=wanted,
+            data_bytes=job.data_bytes,
+            compressed_bytes=job.compressed_bytes if compress else None,
+            zero_bytes=job.zero_bytes,
+            actual_size=_host_bytes(dst),
+            lost_bytes=job.lost_bytes,
+            bitmaps=copied,
+            skipped_bitmaps=skipped,
+        )
 
 
 def _check_options(
@@ -197,7 +231,7 @@ def _check_options(
     sparse_size: int,
     threads: int | None,
 ) -> None:
-    if dst_format not in ("qcow2", "raw"):
+    if dst_format not in FORMATS:
         raise ValueError(f"Unknown file format '{dst_format}'")
     if compress and dst_format != "qcow2":
         raise ValueError("Compression not supported for this file format")
@@ -225,38 +259,110 @@ def _open_source(stack: ExitStack, src: Any, format: str | None, **options: Any)
 
 
 def _open_existing(
-    stack: ExitStack, dst: Any, format: str, cache: str, references: Any, lock: bool
+    stack: ExitStack, dst: Any, format: str, cache: str, references: Any, key: Any, lock: bool
 ) -> Any:
     if is_disk(dst):
         return dst
-    target, _ = open_disk(dst, format, mode="r+", cache=cache, references=references, lock=lock)
+    options = {"references": references, "lock": lock}
+    if key is not None and not isinstance(key, (bytes, bytearray, memoryview, str)):
+        # Only what knows images by name can tell the target's key from the source's.
+        options["key"] = key
+    target, _ = open_disk(dst, format, mode="r+", cache=cache, **options)
     stack.callback(target.close)
     return target
 
 
 def _create_image(
-    stack: ExitStack,
-    path: Any,
-    size: int,
-    cache: str,
-    references: Any,
-    backing_file: str | None,
-    options: dict[str, Any],
+    stack: ExitStack, path: Any, size: int, cache: str, references: Any, options: dict[str, Any]
 ) -> Any:
     import qcow2x
 
     qcow2x.create(path, size, **options)
-    policy = _allow_only(backing_file, references)
-    image = qcow2x.open(path, "r+", cache=cache, references=policy)
+    encryption = options["encryption"]
+    image = qcow2x.open(
+        path,
+        "r+",
+        cache=cache,
+        references=_allow_only(options["backing_file"], options["data_file"], references),
+        key=None if encryption is None else encryption.key,
+    )
     stack.callback(image.close)
     return image
 
 
-def _allow_only(backing_file: str | None, references: Any) -> Any:
-    """The policy for opening the new target: the caller named its backing file, nothing else."""
-    if backing_file is None or references == "follow" or callable(references):
+def _allow_only(backing_file: str | None, data_file: Any, references: Any) -> Any:
+    """The policy for opening the new target: the caller named its files, and no others."""
+    if references == "follow" or callable(references):
         return references
-    return lambda reference: reference.path if reference.name == backing_file else None
+    names = {name if name is None else os.fsdecode(name) for name in (backing_file, data_file)}
+    return lambda reference: reference.path if reference.name in names else None
+
+
+@contextmanager
+def _creating() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, Qcow2Error) as exc:
+        locate(exc, "creating")
+        raise
+
+
+def _zeros_from(target: Any, size: int, is_fresh: bool) -> int:
+    """Where the part of the target begins that reads as zeros before anything is written."""
+    if not is_fresh:
+        return size
+    backing = getattr(image_of(target), "backing", None)
+    if backing is None:
+        return 0
+    length = backing.size if isinstance(backing.size, int) else backing.size()
+    return min(size, -(-length // SECTOR) * SECTOR)
+
+
+def _host_bytes(dst: Any) -> int:
+    try:
+        return os.stat(dst).st_blocks * 512
+    except (OSError, TypeError):
+        return 0
+
+
+# --- persistent bitmaps --------------------------------------------------------------------
+
+
+def _bitmap_source(source: Any, wanted: str) -> Any:
+    """The image whose bitmaps are to be copied, once it is known that they can be."""
+    if wanted == "none":
+        return None
+    if isinstance(source, ConcatDisk):
+        raise ValueError("Copying bitmaps only possible with single source")
+    image = image_of(source)
+    if image is None or image.info().compat == "0.10":
+        raise ValueError("Source lacks bitmap support")
+    if wanted == "all":
+        for name, _, inconsistent in image.bitmaps.layout():
+            if inconsistent:
+                exc = CorruptImage(f"Cannot copy inconsistent bitmap '{name}'")
+                exc.path = image.name
+                raise exc
+    return image
+
+
+def _copy_bitmaps(source: Any, target: Any, wanted: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """After the content, which they would take for changes. Names of those copied and left out."""
+    copied: list[str] = []
+    skipped: list[str] = []
+    if source is None:
+        return (), ()
+    image = image_of(target)
+    if image is None or image.info().compat == "0.10":
+        raise ValueError("the target's format does not support bitmaps")
+    for name, granularity, inconsistent in source.bitmaps.layout():
+        if inconsistent:
+            skipped.append(name)
+            continue
+        image.bitmaps.add(name, granularity, source.bitmaps[name].enabled)
+        image.bitmaps.merge(name, [(source, name)])
+        copied.append(name)
+    return tuple(copied), tuple(skipped)
 
 
 def _refuse_own_source(source: Any, dst: Any) -> None:
@@ -265,264 +371,10 @@ def _refuse_own_source(source: Any, dst: Any) -> None:
         there = os.stat(dst)
     except FileNotFoundError:
         return
-    layers = [source, *getattr(source, "backing_chain", ())]
-    for layer in layers:
-        name = getattr(layer, "path", None) or getattr(layer, "name", None)
+    for name in names_under(source):
         try:
-            same = name is not None and os.path.samestat(os.stat(name), there)
-        except (OSError, TypeError, ValueError):
+            same = os.path.samestat(os.stat(name), there)
+        except (OSError, ValueError):
             continue
         if same:
             raise ValueError(f"{os.fsdecode(dst)}: the target is one of the files to read from")
-
-
-def plan_runs(
-    extents: Iterator[Extent], size: int, grain: int, kind_of: Callable[[Extent], str]
-) -> Iterator[tuple[str, int, int]]:
-    """Merge *extents* into ``(kind, start, end)`` runs that start and end on multiples of *grain*.
-
-    A grain in which several kinds meet is DATA: reading it from the source gives what belongs
-    there. The last run ends at *size*.
-    """
-    kind, start, end = "", 0, 0
-    for extent in extents:
-        new_kind = kind_of(extent)
-        low, high = max(extent.offset, end), min(extent.offset + extent.length, size)
-        if low >= high:
-            continue
-        if new_kind != kind and low % grain:
-            # This extent begins inside the last grain of the run before.
-            edge = low - low % grain
-            if kind != DATA:
-                if edge > start:
-                    yield kind, start, edge
-                kind, start = DATA, edge
-            end = low = min(edge + grain, size)
-            if low >= high:
-                continue
-        if new_kind == kind:
-            end = high
-        else:
-            if end > start:
-                yield kind, start, end
-            kind, start, end = new_kind, low, high
-    if end > start:
-        yield kind, start, end
-
-
-class _Job:
-    """One conversion in progress: plans tasks, does their heavy part, writes them in order."""
-
-    def __init__(
-        self,
-        *,
-        source: Any,
-        target: Any,
-        size: int,
-        compress: bool,
-        compression_type: str,
-        level: int,
-        sparse_size: int,
-        keep_lower: bool,
-        reads_zero: bool,
-        progress: Progress | None,
-    ) -> None:
-        from qcow2x._core import bulk
-
-        self.bulk = bulk
-        self.source = source
-        self.target = target
-        self.size = size
-        self.compress = compress
-        self.type = COMPRESSION_TYPES[compression_type]
-        self.level = level
-        self.keep_lower = keep_lower
-        self.reads_zero = reads_zero
-        self.progress = progress
-        self.is_raw = isinstance(target, RawDisk)
-
-        if compress:
-            info = target.info()
-            self.type = COMPRESSION_TYPES[info.compression_type]
-            low, high = bulk.level_range(self.type)
-            if level and not low <= level <= high:
-                raise ValueError(
-                    f"level {level} is not between {low} and {high} for {info.compression_type}"
-                )
-        #: Zero detection and the edges of writes go by this unit.
-        self.grain = 4096 if self.is_raw else self._target_grain()
-        self.sparse_size = sparse_size
-        if self.is_raw and 0 < sparse_size < self.grain:
-            self.grain = SECTOR
-        unit = max(self.grain, getattr(target, "cluster_size", 1))
-        #: Tasks are cut on multiples of this, so that no cluster is decoded for two of them.
-        self.cut = max(unit, getattr(source, "cluster_size", 1) or 1)
-        self.task_bytes = max(TASK_BYTES, self.cut)
-        self.min_zero = min(max(sparse_size, self.grain), self.task_bytes)
-
-        self.counters = threading.Lock()
-        self.done = 0
-        self.data_bytes = 0
-        self.zero_bytes = 0
-        self.compressed_bytes = 0
-
-    def _target_grain(self) -> int:
-        cluster = int(self.target.cluster_size)
-        if self.compress:
-            return cluster
-        return cluster // 32 if self.target.info().extended_l2 else cluster
-
-    def run(self, threads: int) -> None:
-        memory = self.task_bytes * (2 if self.compress else 1)
-        budget = MEMORY_BASE + MEMORY_PER_THREAD * threads
-        n_slots = max(1, min(2 * threads, budget // memory))
-        slots = [_Slot(self.task_bytes, self.compress) for _ in range(n_slots)]
-        # A raw target has a place for every byte; only an image's layout depends on the order.
-        pipeline = Pipeline(
-            self.tasks(),
-            self.process,
-            self.finish,
-            slots,
-            min(threads, n_slots),
-            in_order=not self.is_raw,
-        )
-        self.report(0)
-        pipeline.run(lambda: self.report(self.done))
-        self.report(self.size)
-
-    def report(self, done: int) -> None:
-        if self.progress is not None and self.progress(done, self.size, "convert") is False:
-            raise Cancelled("conversion cancelled; the target was not made")
-
-    def result(self, dst: Any, size: int) -> ConvertResult:
-        try:
-            actual = os.stat(dst).st_blocks * 512
-        except (OSError, TypeError):
-            actual = 0
-        return ConvertResult(
-            size=size,
-            data_bytes=self.data_bytes,
-            compressed_bytes=self.compressed_bytes if self.compress else None,
-            zero_bytes=self.zero_bytes,
-            actual_size=actual,
-        )
-
-    # Planning: from the source's metadata alone.
-
-    def kind_of(self, extent: Extent) -> str:
-        if self.keep_lower and (extent.depth > 0 or not extent.allocated):
-            return KEEP
-        if self.sparse_size and (extent.zero or not extent.data):
-            return ZERO
-        return DATA
-
-    def extents(self) -> Iterator[Extent]:
-        """Those of the source, and a zero one for what is left of its last sector."""
-        yield from extents_of(self.source)
-        end = self.source.size
-        if end < self.size:
-            yield Extent(end, self.size - end, False, True, False, 0, None, None)
-
-    def tasks(self) -> Iterator[list[Run]]:
-        """The work in order. Zero runs that need no write are only counted."""
-        task: list[Run] = []
-        room = self.task_bytes
-        for kind, start, end in plan_runs(self.extents(), self.size, self.grain, self.kind_of):
-            if kind == KEEP or (kind == ZERO and self.reads_zero):
-                self.count(end - start, zero=end - start if kind == ZERO else 0)
-                continue
-            if kind == ZERO:
-                if task:
-                    yield task
-                    task, room = [], self.task_bytes
-                for at in range(start, end, ZERO_PIECE):
-                    yield [(ZERO, at, min(ZERO_PIECE, end - at))]
-                continue
-            while start < end:
-                stop = min(end, start + room)
-                if stop < end:
-                    stop -= stop % self.cut
-                if stop <= start or len(task) == TASK_RUNS:
-                    yield task
-                    task, room = [], self.task_bytes
-                    continue
-                task.append((DATA, start, stop - start))
-                # The buffer is filled in whole grains.
-                room -= -(-(stop - start) // self.grain) * self.grain
-                start = stop
-        if task:
-            yield task
-
-    # The heavy part: any thread, any order.
-
-    def process(self, task: list[Run], slot: _Slot) -> list[tuple[Any, ...]]:
-        """Read a task, find its zeros, compress it; returns what ``finish`` has to write."""
-        writes: list[tuple[Any, ...]] = []
-        at = used = 0
-        for kind, offset, length in task:
-            if kind == ZERO:
-                writes.append((ZERO, offset, length))
-                continue
-            padded = -(-length // self.grain) * self.grain
-            view = slot.raw[at : at + padded]
-            at += padded
-            read_padded(self.source, view[:length], offset)
-            if padded > length:
-                self.bulk.fill_zero(view[length:])
-            for start, run in self.data_runs(view[:length], offset, writes):
-                if not self.compress:
-                    writes.append((DATA, offset + start, view[start : start + run]))
-                    continue
-                whole = -(-run // self.grain) * self.grain
-                room = slot.packed[used : used + whole]
-                size, sizes = self.bulk.compress_batch(
-                    view[start : start + whole], self.grain, self.type, self.level, room
-                )
-                used += size
-                writes.append(
-                    ("packed", offset + start, view[start : start + run], room[:size], sizes)
-                )
-        return writes
-
-    def data_runs(
-        self, view: memoryview, offset: int, writes: list[tuple[Any, ...]]
-    ) -> Iterator[tuple[int, int]]:
-        """The runs of *view* to store; the zeros between them are put in *writes* in their order."""
-        if not self.sparse_size:
-            yield 0, len(view)
-            return
-        end = 0
-        for start, length in self.bulk.data_runs(view, self.grain, self.min_zero):
-            if start > end:
-                writes.append((ZERO, offset + end, start - end))
-            yield start, length
-            end = start + length
-        if end < len(view):
-            writes.append((ZERO, offset + end, len(view) - end))
-
-    # The writes: in task order for an image.
-
-    def finish(self, writes: list[tuple[Any, ...]]) -> None:
-        done = data = zero = packed_bytes = 0
-        for kind, offset, what, *packed in writes:
-            if kind == ZERO:
-                if not self.reads_zero:
-                    self.target.write_zeroes(offset, what, unmap=True)
-                done += what
-                zero += what
-                continue
-            if kind == DATA:
-                self.target.pwrite(what, offset)
-            else:
-                self.target.write_compressed_batch(packed[0], packed[1], what, offset)
-                packed_bytes += len(packed[0])
-            done += len(what)
-            data += len(what)
-        self.count(done, data=data, zero=zero, packed=packed_bytes)
-
-    def count(self, done: int, *, data: int = 0, zero: int = 0, packed: int = 0) -> None:
-        with self.counters:
-            self.done += done
-            self.data_bytes += data
-            self.zero_bytes += zero
-            self.compressed_bytes += packed

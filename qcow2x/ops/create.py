@@ -234,6 +234,16 @@ def _one_of(argument: str, value: str, choices: dict[str, int]) -> int:
         raise ValueError(f"Parameter '{argument}' does not accept value '{value}'") from None
 
 
+def check_layout(cluster_size: int, compat: str, refcount_bits: int, extended_l2: bool) -> None:
+    """What decides how large the tables are. Raises ValueError for a value out of its range, or
+    values that do not go together."""
+    version = _one_of("version", compat, COMPAT_VERSIONS)
+    if extended_l2 and version < 3:
+        raise _needs_version_3("Extended L2 entries are only supported with")
+    _cluster_bits(cluster_size, extended_l2)
+    _refcount_order(refcount_bits, version)
+
+
 def _needs_version_3(what: str, kind: str = "and") -> ValueError:
     return ValueError(f"{what} compatibility level 1.1 {kind} above (use version=v3 or greater)")
 

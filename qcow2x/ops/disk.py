@@ -126,6 +126,8 @@ class ConcatDisk:
     format = "concat"
 
     def __init__(self, parts: Sequence[Any]) -> None:
+        #: What it is made of.
+        self.layers = list(parts)
         self._parts: list[tuple[int, int, Any]] = []
         at = 0
         for part in parts:
@@ -222,6 +224,30 @@ def read_padded(disk: Any, view: memoryview, offset: int) -> None:
     got = disk.preadinto(view, offset) if offset < disk.size else 0
     if got < len(view):
         fill_zero(view[got:])
+
+
+def image_of(disk: Any) -> Any:
+    """The qcow2 image that *disk* is, or shows as it is; None where it is none."""
+    from qcow2x._core.image import CoreImage
+
+    if isinstance(disk, CoreImage):
+        return disk
+    return getattr(disk, "image", None)
+
+
+def names_under(disk: Any) -> Iterator[str]:
+    """The names of all that a disk is read from."""
+    todo = [disk]
+    while todo:
+        layer = todo.pop()
+        name = getattr(layer, "path", None) or getattr(layer, "name", None)
+        if isinstance(name, (str, bytes)):
+            yield os.fsdecode(name)
+        image = image_of(layer)
+        if image is layer:
+            todo += [image._data, *([] if image.backing is None else [image.backing])]
+        todo += getattr(layer, "layers", ())
+        todo += getattr(layer, "children", {}).values()
 
 
 def is_disk(source: Any) -> bool:
