@@ -4,6 +4,7 @@
 # make crash SECONDS=600                           every call fails once; then cuts of power
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
+# make iotests-matrix  the same under other image options, beside the system's tools; over an hour
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test iotests crash build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test iotests iotests-matrix crash build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -39,6 +40,10 @@ test: $(VENV)/.installed
 iotests: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py iotests
 	$(BIN)/python tests/iotests/run.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
+
+iotests-matrix: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py iotests
+	$(BIN)/python tests/iotests/matrix.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
 
 crash: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test

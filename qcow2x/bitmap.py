@@ -667,6 +667,10 @@ class Bitmaps(Mapping[str, Bitmap]):
         if last is not None:
             yield last
 
+    def require_usable(self, name: str) -> None:
+        """Raises KeyError if there is no such bitmap, CorruptImage if it is inconsistent."""
+        self._usable(name)
+
     def to_bytes(self, name: str) -> bytes:
         """All bits, the first in the least significant bit of the first byte: 2 MiB for a disk of 1
         TiB at the default granularity."""
@@ -744,7 +748,9 @@ class Bitmaps(Mapping[str, Bitmap]):
         if not entry.usable:
             why = "was not stored by its last writer" if entry.broken else "has unknown extra data"
             raise _damaged(
-                self._image.name, entry.table_offset, f"bitmap {name!r} {why}; it can only be removed"
+                self._image.name,
+                entry.table_offset,
+                f"bitmap {name!r} {why}; it can only be removed",
             )
         return entry
 
@@ -779,8 +785,9 @@ def add(image: Image, name: str, granularity: int, enabled: bool) -> None:
     powers = range(MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS + 1)
     if bits not in powers or granularity != 1 << bits:
         raise ValueError(
-            f"{image.name}: granularity must be a power of two from 512 to {1 << 31}, "
-            f"not {granularity}"
+            f"{image.name}: Granularity must be power of 2 and at least 512, and at most {1 << 31}"
+            if granularity > 1 << 31
+            else f"{image.name}: Granularity must be power of 2 and at least 512"
         )
     if image._header.version < 3:
         raise UnsupportedFeature(
@@ -789,7 +796,7 @@ def add(image: Image, name: str, granularity: int, enabled: bool) -> None:
         )
     entries = image._bitmaps.entries
     if any(entry.name == encoded for entry in entries):
-        raise ValueError(f"{image.name}: there is a bitmap named {name!r} already")
+        raise ValueError(f"{image.name}: Bitmap already exists: {name}")
     _check_bits(image, image.size, bits)
     made = _Entry(encoded, bits, enabled, False, 0, 0, image.size)
     _publish(image, [*map(_Wanted, entries), _Wanted(made, fresh=True)])

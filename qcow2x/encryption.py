@@ -43,6 +43,7 @@ KeyCallable: TypeAlias = "Callable[[str], Secret | None]"
 
 FORMATS = ("luks", "aes")
 HEADER_BYTES = 592
+SLOTS = 8
 #: Passes over key material that must not be readable afterwards, as the LUKS specification asks.
 ERASE_PASSES = 4
 
@@ -170,11 +171,13 @@ def key_required(name: str, what: str) -> KeyRequired:
 
 
 class _Area:
-    """The LUKS header's place in an image file."""
+    """The LUKS header's place in an image file, or a file that is a LUKS disk by itself."""
 
-    def __init__(self, storage: Storage, header: Header) -> None:
-        place = header.crypto_header
-        if header.encryption != "luks" or place is None:
+    def __init__(self, storage: Storage, header: Header | None) -> None:
+        place: tuple[int, int] | None = (0, storage.size())
+        if header is not None:
+            place = header.crypto_header if header.encryption == "luks" else None
+        if place is None:
             raise FormatError(f"{storage.name}: the image is not encrypted with LUKS")
         self.storage = storage
         self.start, self.nbytes = place
@@ -210,8 +213,9 @@ def open_cipher(storage: Storage, header: Header, key: object) -> SectorCipher:
     return cipher
 
 
-def describe(storage: Storage, header: Header) -> LuksInfo:
-    """What the LUKS header of an image says; needs no key. Errors as :func:`open_cipher`."""
+def describe(storage: Storage, header: Header | None) -> LuksInfo:
+    """What the LUKS header of an image says, or of a LUKS disk (``header`` None); needs no key.
+    Errors as :func:`open_cipher`."""
     luks = _Area(storage, header).luks
     return LuksInfo(
         cipher=luks.cipher,
@@ -231,26 +235,37 @@ def describe(storage: Storage, header: Header) -> LuksInfo:
 
 def add_key(
     storage: Storage,
-    header: Header,
+    header: Header | None,
     key: object,
     new_key: object,
     *,
     slot: int | None = None,
     iter_time_ms: int = 2000,
+    force: bool = False,
 ) -> int:
     """Makes ``new_key`` open the image as well; returns the slot that it got.
 
-    ``slot`` is 0 to 7 and must be free; by default the first that is. Durable at return; a crash
-    meanwhile leaves the slots as they were. The storage must be open for writing and the image
-    locked by the caller. Raises KeyRequired if ``key`` opens no slot, ValueError if no slot is
-    free.
+    ``slot`` is 0 to 7 and must be free, unless ``force`` lets the new key replace what is there; by
+    default the first that is free. ``header`` is that of the qcow2 image in ``storage``, None where
+    the storage is a LUKS disk by itself. Durable at return; a crash meanwhile leaves the slots as
+    they were, but for one that is replaced, which may then be lost. The storage must be open for
+    writing and the image locked by the caller. Raises KeyRequired if ``key`` opens no slot,
+    ValueError if no slot is free.
     """
     area = _Area(storage, header)
     if slot is None:
         free = [i for i, (active, *_) in enumerate(area.luks.slots) if not active]
         if not free:
-            raise ValueError(f"{storage.name}: all eight key slots are in use")
+            raise ValueError(f"{storage.name}: Can't add a keyslot - all keyslots are in use")
         slot = free[0]
+    elif not 0 <= slot < SLOTS:
+        raise ValueError(
+            f"{storage.name}: Invalid keyslot {slot} specified, must be between 0 and {SLOTS - 1}"
+        )
+    elif area.luks.slots[slot][0] and not force:
+        raise ValueError(
+            f"{storage.name}: Refusing to overwrite active keyslot {slot} - please erase it first"
+        )
     with passphrase(key, storage.name) as old, passphrase(new_key, storage.name) as new:
         material = area.luks.add_key(area.read, old, new, slot, iter_time_ms)
     if material is None:
@@ -262,7 +277,7 @@ def add_key(
 
 def erase_key(
     storage: Storage,
-    header: Header,
+    header: Header | None,
     *,
     slot: int | None = None,
     key: object = None,
@@ -272,26 +287,39 @@ def erase_key(
 
     Returns the slots erased. The key material is overwritten durably before the slot is marked
     disabled; on storage that keeps old blocks (snapshots, flash) they may be found there. The last
-    active slot is erased only with ``force``: nothing opens the image afterwards. Raises
-    KeyRequired if ``key`` opens no slot, ValueError for a slot that is not active.
+    active slot is erased only with ``force``: nothing opens the image afterwards. A slot that is
+    not active is overwritten once more with ``force`` only. ``header`` as for :func:`add_key`.
+    Raises KeyRequired if ``key`` opens no slot, ValueError.
     """
     if (slot is None) == (key is None):
         raise ValueError("erase_key takes either slot= or key=")
     area = _Area(storage, header)
     active = [i for i, (is_active, *_) in enumerate(area.luks.slots) if is_active]
     if slot is not None:
-        if slot not in active:
-            raise ValueError(f"{storage.name}: key slot {slot} is not active")
+        if not 0 <= slot < SLOTS:
+            raise ValueError(
+                f"{storage.name}: Invalid keyslot {slot} specified, must be between 0 and "
+                f"{SLOTS - 1}"
+            )
+        if slot not in active and not force:
+            raise ValueError(f"{storage.name}: Given keyslot {slot} is already erased (inactive) ")
         doomed = [slot]
     else:
         with passphrase(key, storage.name) as secret:
             doomed = area.luks.slots_of(area.read, secret)
         if not doomed:
-            raise key_required(storage.name, "the key opens none of the image's key slots")
-    if len(doomed) == len(active) and not force:
+            raise key_required(
+                storage.name, "No keyslots match given (old) password for erase operation"
+            )
+    if set(doomed) >= set(active) and not force:
+        which = (
+            "All the active keyslots match the (old) password that was given and erasing them will"
+            if slot is None
+            else f"Attempt to erase the only active keyslot {slot} which will"
+        )
         raise ValueError(
-            f"{storage.name}: nothing would open the image any more; pass force=True if that "
-            "is meant"
+            f"{storage.name}: {which} erase all the data in the image irreversibly - refusing "
+            "operation"
         )
     for number in doomed:
         offset = area.luks.slots[number][2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -22,7 +23,7 @@ from qcow2x.storage import FileStorage, Storage, open_storage
 from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Buffer, Self
 
     from qcow2x._core.crypto import SectorCipher
     from qcow2x.backing import ReferencePolicy
@@ -455,7 +456,7 @@ class Image(CoreImage):
     def _resize_alone(self, size: int, shrink: bool, preallocation: str) -> None:
         old = self.size
         if size % 512:
-            raise ValueError(f"{self.name}: the size {size} is not a multiple of 512")
+            raise ValueError(f"{self.name}: The new size must be a multiple of 512")
         if size < old:
             if not shrink:
                 raise ValueError(
@@ -463,11 +464,13 @@ class Image(CoreImage):
                     "pass shrink=True if that is meant"
                 )
             if preallocation != "off":
-                raise ValueError("preallocation makes no sense when shrinking")
+                raise ValueError(
+                    f"{self.name}: Preallocation can't be used for shrinking an image"
+                )
         if self._header.nb_snapshots and self._header.version < 3:
             # Its snapshot table has no field for the size that the disk had.
             raise UnsupportedFeature(
-                f"{self.name}: a version 2 image with internal snapshots cannot be resized",
+                f"{self.name}: Can't resize a v2 image which has snapshots",
                 features=("resize of version 2 with snapshots",),
             )
         with _bitmap.resizing(self, size):
@@ -509,6 +512,31 @@ class Image(CoreImage):
                 piece = blank[: nbytes - at]
                 self._file.pwrite(piece, extent.host_offset + at)
         self.flush()
+
+    # ---- The state of a machine ----
+
+    def vmstate_pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes of the state of a machine that is kept with the image, behind the disk,
+        from ``offset`` of that state on. What was never written is zeros. Errors as :meth:`pread`,
+        and UnsupportedFeature for an image with an external data file."""
+        data = bytearray(length)
+        self.vmstate_preadinto(data, offset)
+        return bytes(data)
+
+    def vmstate_pwrite(self, data: Buffer, offset: int) -> int:
+        """Writes all of ``data`` at ``offset`` of a machine's state; returns its length.
+
+        The state may be as long as an L1 table of 32 MiB reaches behind the disk (2 PiB at 64 KiB
+        clusters). It becomes part of the next internal snapshot, and ends when the disk is resized
+        to where it lies. One thread at a time; others wait. Errors as :meth:`pwrite`; OSError
+        (EFBIG) past the end.
+        """
+        with memoryview(data) as view, self._exclusive:
+            end = self.vmstate_offset + offset + view.nbytes
+            if self._l1_entries_for(end) * 8 > _snapshot.MAX_L1_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.name)
+            self._vmstate_write(view, offset)
+            return view.nbytes
 
     # ---- As a file ----
 

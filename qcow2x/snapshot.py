@@ -231,8 +231,9 @@ class Snapshots(Sequence[Snapshot]):
         """The snapshot with this id or name. Raises KeyError."""
         return find(self._table(), key, self._image.name)
 
-    def create(self, name: str) -> Snapshot:
-        """Makes a snapshot of the disk as it is, everything written before included.
+    def create(self, name: str, *, icount: int | None = None) -> Snapshot:
+        """Makes a snapshot of the disk as it is, everything written before included. ``icount`` is
+        the number of instructions that the guest has executed, where somebody counted them.
 
         Raises ValueError for a name that is empty or too long, UnsupportedFeature where refcounts
         are too narrow to count one more reference, or the table is full.
@@ -266,7 +267,7 @@ class Snapshots(Sequence[Snapshot]):
                 vm_clock_nsec=0,
                 vm_state_size=0,
                 disk_size=image.size,
-                icount=None,
+                icount=icount,
                 l1_offset=image._reserve(header.l1_size * 8),
                 l1_size=header.l1_size,
             )

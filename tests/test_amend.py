@@ -63,7 +63,7 @@ def test_a_refcount_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     model = filled(path)
     with qcow2x.open(path, "r+") as image:
         image.snapshots.create("s")
-    with pytest.raises(qcow2x.UnsupportedFeature, match="too large"):
+    with pytest.raises(qcow2x.UnsupportedFeature, match=r"Cluster at offset 0x\w+ has a refcount of 2"):
         qcow2x.amend(path, refcount_bits=1)
     holds(path, model)
     qcow2x.amend(path, refcount_bits=2)
@@ -96,10 +96,9 @@ def test_down_to_version_2_and_up_again(tmp_path: Path, backed: bool) -> None:
 @pytest.mark.parametrize(
     "options,reason",
     [
-        ({"extended_l2": True}, "extended L2"),
-        ({"compression_type": "zstd"}, "zstd"),
-        ({"refcount_bits": 8}, "8-bit"),
-        ({"lazy_refcounts": True}, "lazy"),
+        ({"extended_l2": True}, "incompatible features 0x10 set"),
+        ({"compression_type": "zstd"}, "zstd compression type"),
+        ({"refcount_bits": 8}, "requires refcount_bits=16"),
     ],
 )
 def test_what_version_2_cannot_say_is_named(
@@ -107,9 +106,34 @@ def test_what_version_2_cannot_say_is_named(
 ) -> None:
     path = tmp_path / "disk.qcow2"
     model = filled(path, **options)
+    if "compression_type" in options:
+        with qcow2x.open(path, "r+") as image:
+            image.pwrite_compressed(bytes(65536), 0)
+        model[:65536] = bytes(65536)
     with pytest.raises(qcow2x.UnsupportedFeature, match=reason):
         qcow2x.amend(path, compat="0.10")
     holds(path, model)
+
+
+def test_zstd_that_nothing_was_compressed_with_goes_away(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path, compression_type="zstd", lazy_refcounts=True)
+    qcow2x.amend(path, compat="0.10")
+    assert specific(path)["compression-type"] == "zlib"
+    holds(path, model)
+
+
+def test_size_and_steps(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path)
+    seen: list[tuple[int, int]] = []
+    qcow2x.amend(
+        path, refcount_bits=32, size=SIZE + 65536, progress=lambda d, t, _: seen.append((d, t))
+    )
+    assert seen == [(1, 1)]
+    with qcow2x.open(path) as image:
+        assert image.size == SIZE + 65536
+        assert image.pread(SIZE, 0) == model
 
 
 def test_a_data_file_gets_a_new_name(tmp_path: Path) -> None:
@@ -118,8 +142,6 @@ def test_a_data_file_gets_a_new_name(tmp_path: Path) -> None:
     old.rename(new)
     qcow2x.amend(path, data_file=new, references=lambda reference: new)
     holds(path, model)
-    with pytest.raises(ValueError, match="data_file"):
-        qcow2x.amend(path, data_file="")
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -142,7 +164,7 @@ def test_key_slots_come_and_go(tmp_path: Path) -> None:
     qcow2x.amend(path, key="second", erase_key="first")
     with pytest.raises(qcow2x.KeyRequired):
         qcow2x.open(path, key="first")
-    with pytest.raises(ValueError, match="force"):
+    with pytest.raises(ValueError, match="refusing"):
         qcow2x.amend(path, key="second", erase_slot=1)
     with qcow2x.open(path, "r+", key="second") as image:
         assert image.pread(6, 0) == b"secret"
@@ -155,5 +177,5 @@ def test_key_slots_come_and_go(tmp_path: Path) -> None:
     assert (tmp_path / "out.raw").read_bytes()[:6] == b"secret"
     plain = tmp_path / "plain.qcow2"
     qcow2x.create(plain, SIZE)
-    with pytest.raises(ValueError, match="LUKS"):
+    with pytest.raises(ValueError, match="encryption not present"):
         qcow2x.amend(plain, new_key="x")

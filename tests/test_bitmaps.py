@@ -645,7 +645,7 @@ def test_arguments_out_of_range(tmp_path: Path) -> None:
             with pytest.raises(ValueError, match="name"):
                 image.bitmaps.add(name)
         for granularity in (0, 256, 3000, 1 << 32):
-            with pytest.raises(ValueError, match="granularity"):
+            with pytest.raises(ValueError, match="Granularity"):
                 image.bitmaps.add("b", granularity)
         longest = "é" * 511 + "x"
         image.bitmaps.add(longest, 1 << 31)

@@ -146,7 +146,7 @@ def test_mistakes_are_told_in_one_line(
     if args:
         message, *hint = captured.err.splitlines()
         assert message.startswith("qcow2x: ")
-        assert len(hint) <= 1
+        assert len(hint) <= 2
 
 
 def test_as_a_process() -> None:

@@ -522,12 +522,12 @@ def test_key_slots_are_added_and_erased(tmp_path):
         reads(path, PASSPHRASE)
     run("qemu-img", "check", *secret(), "--image-opts", image_opts(path), code=1)
     assert reads(path, "second") == b"secret"
-    with pytest.raises(ValueError, match="force"):
+    with pytest.raises(ValueError, match="refusing"):
         change_slots(path, lambda s, h: encryption.erase_key(s, h, key="second"))
     assert active_slots(path) == [1, 2]
     with pytest.raises(KeyRequired):
         change_slots(path, lambda s, h: encryption.erase_key(s, h, key=PASSPHRASE))
-    with pytest.raises(ValueError, match="not active"):
+    with pytest.raises(ValueError, match="already erased"):
         change_slots(path, lambda s, h: encryption.erase_key(s, h, slot=0))
     assert_clean(path, passphrase="second")
     assert change_slots(
@@ -563,9 +563,9 @@ def test_eight_slots_and_no_more(tmp_path):
             path,
             lambda s, h, n=number: encryption.add_key(s, h, PASSPHRASE, f"k{n}", iter_time_ms=1),
         )
-    with pytest.raises(ValueError, match="all eight"):
+    with pytest.raises(ValueError, match="all keyslots are in use"):
         change_slots(path, lambda s, h: encryption.add_key(s, h, PASSPHRASE, "k9"))
-    with pytest.raises(ValueError, match="in use"):
+    with pytest.raises(ValueError, match="overwrite active keyslot 3"):
         change_slots(path, lambda s, h: encryption.add_key(s, h, PASSPHRASE, "k9", slot=3))
     with pytest.raises(KeyRequired):
         change_slots(path, lambda s, h: encryption.erase_key(s, h, key="k9"))
@@ -634,6 +634,8 @@ def test_info_needs_no_key_and_tells_what_qemu_tells(tmp_path, name):
 
     def encrypt_part(text):
         lines = text.splitlines()
+        # QEMU 7.2 does not know of detached headers.
+        lines = [line for line in lines if "detached header" not in line]
         start = lines.index("    encrypt:")
         return list(itertools.takewhile(lambda line: "corrupt:" not in line, lines[start:]))
 
@@ -644,6 +646,7 @@ def test_info_needs_no_key_and_tells_what_qemu_tells(tmp_path, name):
     assert "encrypted: yes" in ours.splitlines()
     as_json = json.loads(run(sys.executable, "-m", "qcow2x", "info", "--output=json", path))
     told = json.loads(run("qemu-img", "info", "--output=json", path))
+    as_json["format-specific"]["data"]["encrypt"].pop("detached-header", None)
     assert as_json["format-specific"] == told["format-specific"]
 
 

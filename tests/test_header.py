@@ -269,7 +269,7 @@ def test_unknown_extensions_and_fields_survive_a_rewrite():
     raw = bytearray(
         cluster(
             header_length=136,
-            extensions=[(UNKNOWN, b"one"), (BACKING_FORMAT, b"raw"), (UNKNOWN, b"three4567")],
+            extensions=[(BACKING_FORMAT, b"raw"), (UNKNOWN, b"one"), (UNKNOWN, b"three4567")],
             backing=b"base.img",
         )
     )
@@ -284,7 +284,8 @@ def test_names_can_be_set_and_dropped():
     header.backing_file, header.backing_format = "elsewhere/\udcff.img", "qcow2"
     again = Header.parse(header.encode(), FILE_SIZE)
     assert (again.backing_file, again.backing_format) == ("elsewhere/\udcff.img", "qcow2")
-    assert [kind for kind, _ in again.extensions] == [UNKNOWN, BACKING_FORMAT]
+    # Known ones first, as QEMU writes them.
+    assert [kind for kind, _ in again.extensions] == [BACKING_FORMAT, UNKNOWN]
     again.backing_file = again.backing_format = None
     bare = Header.parse(again.encode(), FILE_SIZE)
     assert bare.backing_file is None and bare.backing_format is None

@@ -84,6 +84,6 @@ def test_what_would_lose_data_is_asked_for(tmp_path: Path) -> None:
             image.resize(MIB)
         with pytest.raises(ValueError, match="512"):
             image.resize(MIB + 1)
-        with pytest.raises(ValueError, match="preallocation"):
+        with pytest.raises(ValueError, match="Preallocation"):
             image.resize(MIB, shrink=True, preallocation="full")
         assert image.size == 2 * MIB

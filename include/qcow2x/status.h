@@ -50,7 +50,11 @@ enum {
     X(COW_READ) X(COW_WRITE) X(ZERO_WRITE)                                                         \
     X(BARRIER) X(FLUSH) X(TRUNCATE) X(PUNCH) X(PREALLOCATE)                                        \
     X(CHECK_READ) X(REPAIR_WRITE) X(CREATE_WRITE)                                                  \
-    X(SNAPSHOT_READ) X(SNAPSHOT_WRITE) X(BITMAP_READ) X(BITMAP_WRITE) X(CRYPTO_READ) X(CRYPTO_WRITE)
+    X(SNAPSHOT_READ) X(SNAPSHOT_WRITE) X(BITMAP_READ) X(BITMAP_WRITE) X(CRYPTO_READ)               \
+    X(CRYPTO_WRITE)                                                                                \
+    /* Nothing is touched at these: told to storages that listen (Storage.reach). */               \
+    X(CLUSTER_ALLOC) X(CLUSTER_ALLOC_BYTES) X(CLUSTER_FREE) X(REFBLOCK_ALLOC) X(L1_GROW_ALLOC)     \
+    X(BACKING_READ) X(EMPTY_IMAGE)
 
 #define Q2_SITE_ENUM_(name) Q2_SITE_##name,
 enum q2_site { Q2_SITES(Q2_SITE_ENUM_) Q2_SITE_COUNT };

@@ -159,6 +159,8 @@ cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t 
 cdef bint hand_out(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
     cdef bint fresh = (img.file.zero_past_end and
                        first << img.geo.cluster_bits >= q2_load(&img.host_size))
+    if img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     q2_raise_to(&img.host_size, (first + n) << img.geo.cluster_bits)
     img.count.allocated += n
     return fresh
@@ -221,6 +223,8 @@ cdef q2_status alloc_packed(ImageState img, uint64_t nbytes, uint64_t *host_off,
     cdef bint fresh, spill
     cdef q2_slot *slot
     cdef q2_status st
+    if img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_ALLOC_BYTES)
     if used:
         tail = img.packed_end >> img.geo.cluster_bits
         st = get_refcount_of(img, tail, &tail_refs, miss)
@@ -332,6 +336,8 @@ cdef q2_status add_refblock(ImageState img, uint64_t rt_idx) noexcept nogil:
     cdef uint8_t *block
     cdef uint64_t first, i
     cdef q2_status st
+    if img.file.listens:
+        img.file.reach(Q2_SITE_REFBLOCK_ALLOC)
     if cluster == 0:
         return fail(Q2_E_CORRUPT, Q2_SITE_REFTABLE_READ, img.rt_offset,
                     b"the header's own refcount block is missing")

@@ -43,6 +43,8 @@ cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept no
     side.scratch = scratch_take(side.nbytes)
     if side.scratch is NULL:
         return fail(Q2_E_NOMEM, Q2_SITE_COW_READ, side.guest_off, b"out of memory")
+    if img.file.listens:
+        img.file.reach(Q2_SITE_COW_READ)
     st = read_guest(img, side.scratch, inside, side.guest_off)
     if st == Q2_OK and inside < side.nbytes:
         memset(<uint8_t *>side.scratch + inside, 0, side.nbytes - inside)

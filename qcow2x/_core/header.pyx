@@ -60,6 +60,9 @@ FEATURE_NAMES = (
     (2, 0, b"bitmaps"),
     (2, 1, b"raw external data"),
 )
+EXTENSION_ORDER = {kind: i for i, kind in enumerate(
+    (Q2_EXT_BACKING_FORMAT, Q2_EXT_DATA_FILE, Q2_EXT_CRYPTO_HEADER, Q2_EXT_FEATURE_NAMES,
+     Q2_EXT_BITMAPS))}
 COMPRESSION_NAMES = {0: "zlib", 1: "zstd"}
 ENCRYPTION_NAMES = {0: None, 1: "aes", 2: "luks"}
 
@@ -352,8 +355,7 @@ cdef class Header:
         """Says that guest data lies in the file `name`; raw: that it reads as the disk by itself."""
         self.data_file = name
         self.fields.incompat |= Q2_INCOMPAT_DATA_FILE
-        if raw:
-            self.fields.autoclear |= Q2_AUTOCLEAR_RAW_DATA
+        self.keep_raw(raw)
 
     def set_version(self, uint32_t version):
         """Version 2 or 3. Going down needs every feature of version 3 gone; going up adds none."""
@@ -365,6 +367,18 @@ cdef class Header:
             self.set_extension(Q2_EXT_FEATURE_NAMES, None)
         elif <uint64_t>1 << self.fields.cluster_bits >= FEATURE_TABLE_MIN_CLUSTER:
             self.set_extension(Q2_EXT_FEATURE_NAMES, feature_name_table())
+
+    def use_zlib(self):
+        """Says that compressed clusters, of which there must be none yet, are zlib streams."""
+        self.fields.compression_type = Q2_COMPRESSION_DEFLATE
+        self.fields.incompat &= ~Q2_INCOMPAT_COMPRESSION
+
+    def keep_raw(self, bint raw):
+        """Says whether the data file reads as the disk by itself."""
+        if raw:
+            self.fields.autoclear |= Q2_AUTOCLEAR_RAW_DATA
+        else:
+            self.fields.autoclear &= ~Q2_AUTOCLEAR_RAW_DATA
 
     def set_lazy_refcounts(self, bint lazy):
         if lazy:
@@ -433,6 +447,8 @@ cdef class Header:
             # A compression type other than zlib needs its field; else keep what was there.
             needs_type = h.compression_type != 0 or h.header_length < Q2_HDR_V3_LENGTH
             h.header_length = Q2_HDR_LENGTH_NOW if needs_type else Q2_HDR_V3_LENGTH
+        # Known ones in the order in which QEMU writes them, then the others as they were.
+        self.extensions.sort(key=lambda pair: EXTENSION_ORDER.get(pair[0], len(EXTENSION_ORDER)))
         parts = []
         for kind, data in self.extensions:
             parts.append(kind.to_bytes(4, "big") + len(data).to_bytes(4, "big"))

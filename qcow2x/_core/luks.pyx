@@ -501,7 +501,7 @@ cdef class LuksHeader:
         return bytes(area)
 
     def add_key(self, pread, passphrase, new_passphrase, int slot, uint32_t milliseconds):
-        """Fills ``slot`` (0 to 7, not active) so that ``new_passphrase`` opens it as well.
+        """Fills ``slot`` (0 to 7) so that ``new_passphrase`` opens it, whatever it held.
 
         Returns the key material to write at the slot's offset, before :meth:`encode` is written at
         the area's start; None if ``passphrase`` opens no slot.
@@ -510,8 +510,6 @@ cdef class LuksHeader:
         cdef Py_buffer view
         if not 0 <= slot < SLOTS:
             raise ValueError(f"key slot {slot} is outside 0 to {SLOTS - 1}")
-        if self.luks.slot[slot].active:
-            raise ValueError(f"key slot {slot} is in use")
         PyObject_GetBuffer(new_passphrase, &view, PyBUF_SIMPLE)
         try:
             if not self._open_slots(pread, passphrase, False, master):

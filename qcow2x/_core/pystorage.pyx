@@ -16,12 +16,22 @@ from posix.uio cimport iovec
 
 from qcow2x._core.errors cimport fail, stash_exception_gil
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, Storage
+from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, Storage, fill_extent,
+                                   q2_extent)
 
+from qcow2x._core.errors import SITE_NAMES
 from qcow2x._core.opening import check_mode, storage_error
 
 cdef extern from "qcow2x/atomics.h" nogil:
     uint64_t q2_load(const uint64_t *p)
+
+cdef extern from "qcow2x/plan.h" nogil:
+    enum:
+        Q2_KIND_UNALLOCATED
+        Q2_KIND_DATA
+        Q2_KIND_ZERO
+
+KINDS = {"end": Q2_KIND_UNALLOCATED, "data": Q2_KIND_DATA, "zero": Q2_KIND_ZERO}
 
 cdef extern from "qcow2x/iov.h" nogil:
     ctypedef struct q2_iov:
@@ -35,7 +45,10 @@ cdef class PyStorage(Storage):
     """A Python object with ``size()`` and ``pread(length, offset)``.
 
     For writing also ``pwrite(buffer, offset)``, ``flush()`` and ``truncate(size)``; optionally
-    ``preadinto(buffer, offset)`` and ``punch(offset, length)``. ``pread`` and ``preadinto`` may give
+    ``preadinto(buffer, offset)``, ``punch(offset, length)``, ``zero(offset, length, may_unmap)``,
+    ``extent(offset, length)``, which returns ``(length, "data" | "zero" | "end")``, and
+    ``reserve(offset, length)``. An object with ``at_site(name)`` is told where the image is (a name
+    of ``status.h``) before each access, and at some places between. ``pread`` and ``preadinto`` may give
     less than asked for; nothing at all only at or past the end. ``pwrite`` is handed ``bytes``, which
     it may keep, and returns how many it took. The buffer that ``preadinto`` fills must not be kept.
 
@@ -62,6 +75,10 @@ cdef class PyStorage(Storage):
         self.durable_writes = cache in ("writethrough", "directsync")
         self.has_preadinto = callable(getattr(obj, "preadinto", None))
         self.has_punch = callable(getattr(obj, "punch", None))
+        self.has_zero = callable(getattr(obj, "zero", None))
+        self.has_extent = callable(getattr(obj, "extent", None))
+        self.has_reserve = callable(getattr(obj, "reserve", None))
+        self.listens = callable(getattr(obj, "at_site", None))
 
     cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
                            uint64_t off) noexcept nogil:
@@ -101,12 +118,43 @@ cdef class PyStorage(Storage):
         with gil:
             return punch_gil(self, site, off, nbytes)
 
+    cdef q2_status zero_range(self, int32_t site, uint64_t off, uint64_t nbytes,
+                              uint32_t flags) noexcept nogil:
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if not self.has_zero:
+            return Storage.zero_range(self, site, off, nbytes, flags)
+        with gil:
+            return zero_gil(self, site, off, nbytes, flags)
+
+    cdef q2_status allocate(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
+        if self.read_only or not self.has_reserve:
+            return Storage.allocate(self, site, off, nbytes)
+        with gil:
+            return reserve_gil(self, site, off, nbytes)
+
+    cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept nogil:
+        if not self.has_extent:
+            return Storage.extent_at(self, off, nbytes, out)
+        with gil:
+            return extent_gil(self, off, nbytes, out)
+
+    cdef void reach(self, int32_t site) noexcept nogil:
+        with gil:
+            tell_site(self, site)
+
+
+cdef void tell_site(PyStorage self, int32_t site) noexcept:
+    self.obj.at_site(SITE_NAMES[site])
+
 
 cdef q2_status read_gil(PyStorage self, int32_t site, char *buf, size_t nbytes,
                         uint64_t off) noexcept:
     cdef size_t got
     cdef uint64_t size = 0
     cdef q2_status rc
+    if self.listens:
+        tell_site(self, site)
     try:
         while nbytes > 0:
             got = preadinto_gil(self, buf, nbytes, off) if self.has_preadinto else                 pread_gil(self, buf, nbytes, off)
@@ -185,6 +233,8 @@ cdef q2_status write_gil(PyStorage self, int32_t site, const iovec *iov, int iov
         return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
     if nbytes == 0:
         return Q2_OK
+    if self.listens:
+        tell_site(self, site)
     try:
         # A copy that the object may keep: a view of our memory that it kept would dangle.
         data = PyBytes_FromStringAndSize(NULL, nbytes)
@@ -208,6 +258,8 @@ cdef q2_status write_gil(PyStorage self, int32_t site, const iovec *iov, int iov
 cdef q2_status sync_gil(PyStorage self, int32_t site) noexcept:
     cdef uint64_t seq = q2_load(&self.write_seq)
     if not (self.read_only or self.ignore_sync):
+        if self.listens:
+            tell_site(self, site)
         try:
             self.obj.flush()
         except BaseException:
@@ -219,6 +271,8 @@ cdef q2_status sync_gil(PyStorage self, int32_t site) noexcept:
 cdef q2_status set_size_gil(PyStorage self, int32_t site, uint64_t nbytes) noexcept:
     if self.read_only:
         return fail(Q2_E_READONLY, site, nbytes, b"the storage is open read-only")
+    if self.listens:
+        tell_site(self, site)
     try:
         self.obj.truncate(nbytes)
     except BaseException:
@@ -236,9 +290,45 @@ cdef q2_status get_size_gil(PyStorage self, uint64_t *nbytes) noexcept:
 
 
 cdef q2_status punch_gil(PyStorage self, int32_t site, uint64_t off, uint64_t nbytes) noexcept:
+    if self.listens:
+        tell_site(self, site)
     try:
         self.obj.punch(off, nbytes)
     except BaseException:
         return stash_exception_gil(site, off)
     self.note_write()
+    return Q2_OK
+
+
+cdef q2_status zero_gil(PyStorage self, int32_t site, uint64_t off, uint64_t nbytes,
+                        uint32_t flags) noexcept:
+    if self.listens:
+        tell_site(self, site)
+    try:
+        self.obj.zero(off, nbytes, bool(flags & ZERO_MAY_UNMAP))
+    except BaseException:
+        return stash_exception_gil(site, off)
+    self.note_write()
+    return sync_gil(self, site) if self.durable_writes else Q2_OK
+
+
+cdef q2_status reserve_gil(PyStorage self, int32_t site, uint64_t off, uint64_t nbytes) noexcept:
+    if self.listens:
+        tell_site(self, site)
+    try:
+        self.obj.reserve(off, nbytes)
+    except BaseException:
+        return stash_exception_gil(site, off)
+    self.note_write()
+    return Q2_OK
+
+
+cdef q2_status extent_gil(PyStorage self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept:
+    try:
+        length, kind = self.obj.extent(off, nbytes)
+        if not 0 < length <= nbytes or kind not in KINDS:
+            raise ValueError(f"{self.name}: extent({off}, {nbytes}) returned {length}, {kind!r}")
+        fill_extent(out, off, length, KINDS[kind])
+    except BaseException:
+        return stash_exception_gil(Q2_SITE_NONE, off)
     return Q2_OK

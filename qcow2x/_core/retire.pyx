@@ -106,6 +106,8 @@ cdef q2_status retire_freed(ImageState img) noexcept nogil:
     swap_epochs(img, &gone)
     swap_epochs(img, &gone)
     pthread_rwlock_unlock(&img.meta)
+    if gone.n and img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_FREE)
     st = for_each(img, &gone, lower_shared, &last)
     if img.discard_to_host:
         for i in range(last.n):

@@ -338,6 +338,8 @@ cdef q2_status delete_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     # 2. They are given back.
+    if st == Q2_OK and img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_FREE)
     if st == Q2_OK:
         st = shift_refcounts(img, l1, l1_size, -1, &freed)
     if st == Q2_OK:

@@ -65,6 +65,13 @@ cdef extern from "qcow2x/status.h" nogil:
         Q2_SITE_BITMAP_WRITE
         Q2_SITE_CRYPTO_READ
         Q2_SITE_CRYPTO_WRITE
+        Q2_SITE_CLUSTER_ALLOC
+        Q2_SITE_CLUSTER_ALLOC_BYTES
+        Q2_SITE_CLUSTER_FREE
+        Q2_SITE_REFBLOCK_ALLOC
+        Q2_SITE_L1_GROW_ALLOC
+        Q2_SITE_BACKING_READ
+        Q2_SITE_EMPTY_IMAGE
         Q2_SITE_COUNT
 
     ctypedef struct q2_error:

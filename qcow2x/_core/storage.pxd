@@ -33,6 +33,7 @@ cdef class Storage:
     cdef bint ignore_sync            # cache mode unsafe
     cdef bint durable_writes         # cache modes writethrough and directsync: each write is FUA
                                      # unless WRITE_DEFERRED
+    cdef bint listens                # wants to hear of sites where nothing is touched
     cdef bint zero_past_end          # growing by a write leaves the gap reading as zeros
 
     # Order of writes: write_seq counts finished writes, everything up to durable_seq is on
@@ -68,9 +69,15 @@ cdef class Storage:
     cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes,
                              q2_extent *out) noexcept nogil
 
+    # The image is at a site that touches no storage. Only for what listens: nobody else is called.
+    cdef void reach(self, int32_t site) noexcept nogil
+
     # For implementations: count a finished write; remember what a sync covers.
     cdef void note_write(self) noexcept nogil
     cdef void note_sync(self, uint64_t seq_at_start) noexcept nogil
+
+
+cdef void fill_extent(q2_extent *out, uint64_t off, uint64_t nbytes, uint8_t kind) noexcept nogil
 
 
 cdef class FileStorage(Storage):

@@ -182,6 +182,9 @@ cdef class Storage:
             fill_extent(out, off, min(nbytes, size - off), Q2_KIND_DATA)
         return Q2_OK
 
+    cdef void reach(self, int32_t site) noexcept nogil:
+        pass
+
     cdef void note_write(self) noexcept nogil:
         q2_add(&self.write_seq, 1)
 

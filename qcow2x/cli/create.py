@@ -13,6 +13,7 @@ from qcow2x.cli.formatopts import (
     wants_help,
 )
 from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import failure
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
     OBJECT,
@@ -69,12 +70,14 @@ def main(argv: list[str]) -> int:
         create_image(path, format, options, secrets)
     except CommandError as exc:
         raise CommandError(f"{path}: {exc}", hint=exc.hint) from exc
+    except Exception as exc:
+        raise failure(exc, path) from exc
     return 0
 
 
 def print_option_help(format: str, path: str | None) -> None:
     """What ``-o`` takes; with a file name also what the protocol of that takes."""
-    known = _descriptions(format, path)
+    known = descriptions_for(format, path)
     print("Supported options:" if path is not None else f"Supported {format} options:")
     print("\n".join(help_lines(known)))
     if path is None:
@@ -82,7 +85,8 @@ def print_option_help(format: str, path: str | None) -> None:
         print("Specify the target filename to include those options.")
 
 
-def _descriptions(format: str, path: str | None) -> list[Description]:
+def descriptions_for(format: str, path: str | None) -> list[Description]:
+    """What a new image of *format* takes, at *path* if one is given. Raises CommandError."""
     known = create_descriptions(format, None)
     if not known:
         if format in READ_ONLY_FORMATS:
@@ -109,7 +113,7 @@ def _read(
     backing: str | None,
     backing_format: str | None,
 ) -> FormatOptions:
-    options = FormatOptions(_descriptions(format, path))
+    options = FormatOptions(descriptions_for(format, path))
     options.parse(lists)
     if options.number("size") is not None:
         if size is not None:
@@ -187,7 +191,7 @@ def create_image(path: str, format: str, options: FormatOptions, secrets: dict[s
             newfile.create_luks(
                 target,
                 size,
-                _encryption("luks", options, "", secrets),
+                encryption_of("luks", options, "", secrets),
                 preallocation=mode,
                 detached_header=options.flag("detached-header"),
                 **hints,
@@ -226,13 +230,16 @@ def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[s
             )
         format = "aes" if options.flag("encryption") else None
     if format is not None:
-        arguments["encryption"] = _encryption(format, options, "encrypt.", secrets)
+        arguments["encryption"] = encryption_of(format, options, "encrypt.", secrets)
     elif any(name.startswith("encrypt.") for name in options.given()):
         raise CommandError("Parameter 'encrypt.format' is missing")
     return arguments
 
 
-def _encryption(format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]) -> Any:
+def encryption_of(
+    format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]
+) -> Any:
+    """How the new image is to be encrypted; its options begin with *prefix*."""
     from qcow2x.encryption import Encryption
 
     if format == "qcow":

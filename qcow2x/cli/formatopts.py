@@ -214,7 +214,7 @@ class FormatOptions:
         if kind == "bool" and text not in ("on", "off"):
             raise CommandError(f"Parameter '{name}' expects 'on' or 'off'")
         if kind == "size":
-            number = _size(name, text)
+            number = size_value(name, text)
         elif kind == "num":
             number = _number(name, text)
         self._given[name] = (text, number)
@@ -274,7 +274,7 @@ def _number(name: str, text: str) -> int:
     return -value & ((1 << 64) - 1) if sign == "-" else value
 
 
-def _size(name: str, text: str) -> int:
+def size_value(name: str, text: str) -> int:
     value = parse_size(text)
     if value is None:
         raise CommandError(

@@ -156,10 +156,11 @@ def _describe_qcow2(node: Node, info: dict[str, Any]) -> None:
     if header.nb_snapshots:
         from qcow2x.snapshot import read_table
 
-        info["snapshots"] = [_snapshot(entry) for entry in read_table(storage, header)]
+        info["snapshots"] = [snapshot_members(entry) for entry in read_table(storage, header)]
 
 
-def _snapshot(entry: Any) -> dict[str, Any]:
+def snapshot_members(entry: Any) -> dict[str, Any]:
+    """An internal snapshot as QEMU's ``SnapshotInfo``."""
     told = {
         "id": entry.id,
         "name": entry.name,
@@ -299,6 +300,12 @@ def _backing_words(info: dict[str, Any]) -> str:
     if full is None:
         return f"{name} (cannot determine actual path)"
     return name if name == full else f"{name} (actual path: {full})"
+
+
+def specific_lines(node: Node) -> list[str]:
+    """What only the node's driver knows of it, a line each; empty where there is nothing."""
+    found = describe(node).get("format-specific")
+    return [] if found is None else _human_members(found["data"], "    ")
 
 
 def _human_members(members: dict[str, Any], indent: str) -> list[str]:

@@ -14,14 +14,19 @@ from qcow2x.cli.report import CommandError, program, report, set_program
 
 #: The commands that qemu-img has too.
 IMG_COMMANDS = {
+    "amend": "change what an image is without copying it",
     "bench": "time a series of reads or writes",
+    "bitmap": "change the persistent dirty bitmaps of an image",
     "check": "check an image for corruption and leaked clusters, and repair them",
     "compare": "compare what two disks read as",
     "convert": "copy a disk into a new image",
     "create": "make a new image",
+    "dd": "copy a part of a disk, counted in blocks",
     "info": "tell what an image says of itself",
     "map": "list which parts of a disk are stored, and where",
+    "measure": "tell how large a file a new image needs",
     "resize": "grow or shrink a disk",
+    "snapshot": "list, make, apply and delete internal snapshots",
 }
 OWN_COMMANDS = {
     "demo": "show what qcow2x does on a real disk made from this machine's files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,13 @@ from qcow2x.cli.report import CommandError
 
 if TYPE_CHECKING:
     from qcow2x.drivers import Node
+
+#: What a guest writes into a raw disk could make it look like another format the next time.
+_GUESSED_RAW = """\
+WARNING: Image format was not specified for '{}' and probing guessed raw.
+         Automatically detecting the format is dangerous for raw images, write operations on block \
+0 will be restricted.
+         Specify the 'raw' format explicitly to remove the restrictions."""
 
 
 def open_disk(
@@ -23,17 +31,30 @@ def open_disk(
 
     Raises CommandError with what qemu-img says of a disk that cannot be opened.
     """
-    from qcow2x.cli.main import is_expected
-    from qcow2x.cli.words import hint, reason
     from qcow2x.drivers import open_node
 
     if image_opts and format is not None:
         raise CommandError("--image-opts and --format are mutually exclusive")
     try:
-        return open_node(name, format=format, image_opts=image_opts, secrets=secrets, **options)
+        node = open_node(name, format=format, image_opts=image_opts, secrets=secrets, **options)
     except Exception as exc:
-        if not is_expected(exc):
-            raise
-        raise CommandError(
-            f"Could not open '{name}': {reason(exc)}", hint=hint(exc).lstrip("\n")
-        ) from exc
+        raise failure(exc, f"Could not open '{name}'") from exc
+    if node.driver == "raw" and node.probed and node.writable:
+        print(_GUESSED_RAW.format(node.children["file"].filename), file=sys.stderr)
+    return node
+
+
+def failure(exc: Exception, doing: str = "", name: str = "") -> CommandError:
+    """What a command ends with when ``exc`` came up, behind what it was doing. Of an error that
+    begins with the ``name`` of the image only the rest is told. An exception that tells of a bug is
+    raised as it is."""
+    from qcow2x.cli.main import is_expected
+    from qcow2x.cli.words import hint, reason
+
+    front = f"{doing}: " if doing else ""
+    if isinstance(exc, CommandError):
+        return CommandError(f"{front}{exc}", hint=exc.hint, status=exc.status)
+    if not is_expected(exc):
+        raise exc
+    text = reason(exc).removeprefix(f"{name}: ")
+    return CommandError(front + text, hint=hint(exc).lstrip("\n"))

@@ -1,70 +1,75 @@
-"""``qcow2x resize``: grow or shrink a disk."""
+"""``resize``: grow or shrink a disk."""
 
 from __future__ import annotations
 
-import re
-import sys
-
-from qcow2x.cli.options import FORMAT, QUIET, Option, UsageError, parse, parse_size
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.options import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Option, UsageError, parse
+from qcow2x.cli.report import CommandError, report, warn
 
 OPTIONS = (
     FORMAT,
     Option("", "preallocation", "MODE", "for what is added: off, metadata, falloc or full"),
     Option("", "shrink", None, "allow making the disk smaller, which deletes what is behind"),
     QUIET,
+    OBJECT,
+    IMAGE_OPTS,
 )
-USAGE = "[-f FMT] [--preallocation=MODE] [-q] [--shrink] FILE [+|-]SIZE"
+USAGE = (
+    "[--object OBJECT] [--image-opts] [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILE "
+    "[+|-]SIZE"
+)
 
-_NEGATIVE = re.compile(r"-\d.*")
+_PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 
 
 def main(argv: list[str]) -> int:
-    # "-1G" is a size and no option: no option begins with a digit.
-    shrink_by = [arg for arg in argv if _NEGATIVE.fullmatch(arg)]
-    parsed = parse("resize", USAGE, OPTIONS, [a for a in argv if not _NEGATIVE.fullmatch(a)])
-    args = parsed.args + shrink_by
-    if len(args) < 2:
-        raise UsageError("Expecting an image file name and a size")
-    if len(args) > 2:
-        raise UsageError("Expecting one image file name")
-    path, text = args
-    sign = text[0] if text[:1] in "+-" else ""
-    amount = parse_size(text[len(sign) :])
-    if amount is None or amount < 0:
-        raise UsageError(f"Invalid size: '{text}' (k, M, G, T, P and E are possible suffixes)")
+    if argv and argv[-1] in ("-h", "--help"):
+        parse("resize", USAGE, OPTIONS, argv)
+    if len(argv) < 2:
+        raise UsageError("Not enough arguments")
+    # The size is the last word, whatever it looks like: "-1G" is no option.
+    *argv, size = argv
+    parsed = parse("resize", USAGE, OPTIONS, argv)
     preallocation = parsed.value("preallocation", "off") or ""
-    if preallocation not in ("off", "metadata", "falloc", "full"):
-        raise UsageError(f"Invalid preallocation mode '{preallocation}'")
-
-    from qcow2x.ops.disk import open_disk, probe_format
-
-    format = parsed.value("format")
-    if format is None:
-        format = probe_format(path)
-        if format == "raw":
-            print(
-                f"WARNING: Image format was not specified for '{path}' and probing guessed raw. "
-                "Specify -f raw to be sure.",
-                file=sys.stderr,
+    if preallocation not in _PREALLOCATIONS:
+        raise CommandError(f"Invalid preallocation mode '{preallocation}'")
+    if len(parsed.args) != 1:
+        raise UsageError("Expecting image file name and size")
+    sign, amount = _read_size(size)
+    with open_disk(
+        parsed.args[0],
+        parsed.value("format"),
+        image_opts=parsed.flag("image-opts"),
+        secrets=read_objects(parsed.values("object")),
+        writable=True,
+    ) as node:
+        old = node.size
+        new = {"": amount, "+": old + amount, "-": old - amount}[sign]
+        if new <= 0:
+            raise CommandError("New image size must be positive")
+        if new <= old and preallocation != "off":
+            raise CommandError("Preallocation can only be used for growing images")
+        if new < old and not parsed.flag("shrink"):
+            report("Use the --shrink option to perform a shrink operation.")
+            warn(
+                "Shrinking an image will delete all data beyond the shrunken image's end. Before "
+                "performing such an operation, make sure there is no important data there."
             )
-    disk, _ = open_disk(path, format, mode="r+", references="follow")
-    try:
-        old = disk.size
-        size = {"": amount, "+": old + amount, "-": old - amount}[sign]
-        if size <= 0:
-            raise ValueError("New image size must be positive")
-        size = -(-size // 512) * 512
-        if size <= old and preallocation != "off":
-            raise ValueError("Preallocation can only be used for growing images")
-        if size < old and not parsed.flag("shrink"):
-            raise ValueError(
-                "Use the --shrink option to perform a shrink operation; it deletes all data "
-                "beyond the shrunken image's end"
-            )
-        disk.resize(size, shrink=size < old, preallocation=preallocation)
-        disk.flush()
-    finally:
-        disk.close()
+            return 1
+        try:
+            node.resize(new, shrink=new < old, preallocation=preallocation)
+            node.flush()
+        except Exception as exc:
+            raise failure(exc, name=node.filename) from exc
     if not parsed.flag("quiet"):
         print("Image resized.")
     return 0
+
+
+def _read_size(text: str) -> tuple[str, int]:
+    """The sign in front of a size, if there is one, and its bytes."""
+    from qcow2x.cli.formatopts import size_value
+
+    sign = text[:1] if text[:1] in ("+", "-") else ""
+    return sign, size_value("size", text[len(sign) :])

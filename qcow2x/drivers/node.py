@@ -15,6 +15,7 @@ from qcow2x.types import Extent
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from qcow2x.drivers.blkdebug_rules import Rules
     from qcow2x.drivers.opening import Graph
     from qcow2x.drivers.options import Options
     from qcow2x.image import Image
@@ -207,6 +208,15 @@ class Node:
         """What holds the layers of :meth:`extents`, by depth."""
         return self.image.backing_chain if self.image is not None else [self.storage]
 
+    @property
+    def debug(self) -> Rules:
+        """The rules of the blkdebug node that requests come to first, to set breakpoints. Raises
+        OSError (ENOTSUP) where there is none."""
+        child = self.children.get(self.primary)
+        if child is None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        return child.debug
+
     # ---- The disk ----
 
     @property
@@ -312,6 +322,9 @@ class Node:
 
     def _discard(self, offset: int, length: int) -> None:
         self.storage.punch(offset, length)
+
+    def _reserve(self, offset: int, length: int) -> None:
+        self.storage.reserve(offset, length)
 
     def _flush(self) -> None:
         self.storage.flush()

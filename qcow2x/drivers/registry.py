@@ -15,6 +15,7 @@ from qcow2x.drivers.node import Node
 
 #: Driver name -> the module of this package and the class in it.
 DRIVERS = {
+    "blkdebug": ("blkdebug", "BlkdebugNode"),
     "file": ("file", "FileNode"),
     "host_device": ("file", "HostDeviceNode"),
     "null-co": ("null", "NullNode"),
@@ -24,6 +25,7 @@ DRIVERS = {
 
 #: What stands before the colon of a file name -> driver.
 PROTOCOLS = {
+    "blkdebug": "blkdebug",
     "file": "file",
     "host_device": "host_device",
     "null-co": "null-co",

@@ -1,0 +1,134 @@
+"""``snapshot``: list, make, apply and delete internal snapshots."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any
+
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.options import (
+    IMAGE_OPTS,
+    OBJECT,
+    QUIET,
+    SHARE,
+    Option,
+    UsageError,
+    one_file,
+    parse,
+)
+from qcow2x.cli.report import CommandError
+from qcow2x.cli.text import snapshot_lines
+
+if TYPE_CHECKING:
+    from qcow2x.drivers import Node
+
+OPTIONS = (
+    Option("l", "", None, "list the snapshots (needs no right to write)"),
+    Option("c", "", "NAME", "make a snapshot of the disk as it is"),
+    Option("a", "", "SNAPSHOT", "make the disk what it was; what was written since is lost"),
+    Option("d", "", "SNAPSHOT", "delete a snapshot"),
+    QUIET,
+    SHARE,
+    OBJECT,
+    IMAGE_OPTS,
+)
+USAGE = "[--object OBJECT] [--image-opts] [-U] [-q] [-l | -a SNAPSHOT | -c NAME | -d SNAPSHOT] FILE"
+
+#: QEMU keeps names in buffers of this size, with a NUL at the end.
+_MAX_NAME_BYTES = 255
+
+
+def main(argv: list[str]) -> int:
+    parsed = parse("snapshot", USAGE, OPTIONS, argv)
+    actions = [pair for pair in parsed.pairs if pair[0] in ("l", "a", "c", "d")]
+    if len(actions) > 1:
+        raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
+    path = one_file(parsed)
+    action, name = actions[0] if actions else ("", "")
+    with open_disk(
+        path,
+        image_opts=parsed.flag("image-opts"),
+        secrets=read_objects(parsed.values("object")),
+        writable=action != "l",
+        force_share=parsed.flag("force-share"),
+    ) as node:
+        if action == "l":
+            _list(node)
+        elif action == "c":
+            _create(node, name)
+        elif action == "a":
+            _apply(node, name)
+        elif action == "d":
+            _delete(node, name)
+    return 0
+
+
+def _image(node: Node) -> Any:
+    """The image whose snapshots are meant: that of the node, or of what it filters."""
+    while node.is_filter and node.file is not None:
+        node = node.file
+    return node.image
+
+
+def _list(node: Node) -> None:
+    from qcow2x.cli.info import snapshot_members
+
+    image = _image(node)
+    if image is not None and len(image.snapshots):
+        print("Snapshot list:")
+        print("\n".join(snapshot_lines([snapshot_members(entry) for entry in image.snapshots])))
+
+
+def _create(node: Node, name: str) -> None:
+    kept = os.fsdecode(os.fsencode(name)[:_MAX_NAME_BYTES])
+    image = _image(node)
+    doing = f"Could not create snapshot '{name}'"
+    if image is None:
+        raise CommandError(f"{doing}: {os.strerror(errno.ENOTSUP)}")
+    try:
+        # A guest that records its instructions would give their number; without one it is 0.
+        image.snapshots.create(kept, icount=0)
+    except Exception as exc:
+        raise CommandError(f"{doing}: {os.strerror(_errno_of(exc))}") from exc
+
+
+def _errno_of(exc: Exception) -> int:
+    """The one word that QEMU has for what went wrong with a new snapshot."""
+    from qcow2x.cli.main import is_expected
+    from qcow2x.cli.words import number
+    from qcow2x.errors import CorruptImage
+
+    if not is_expected(exc):
+        raise exc
+    if isinstance(exc, CorruptImage):
+        return errno.EIO
+    return number(exc) or errno.EINVAL
+
+
+def _apply(node: Node, name: str) -> None:
+    image = _image(node)
+    doing = f"Could not apply snapshot '{name}'"
+    if image is None:
+        raise CommandError(f"{doing}: Block driver does not support internal snapshots")
+    try:
+        image.snapshots.apply(name)
+    except KeyError:
+        reason = os.strerror(errno.ENOENT)
+        raise CommandError(f"{doing}: Failed to load snapshot: {reason}") from None
+    except Exception as exc:
+        raise failure(exc, f"{doing}: Failed to load snapshot") from exc
+
+
+def _delete(node: Node, name: str) -> None:
+    image = _image(node)
+    doing = f"Could not delete snapshot '{name}'"
+    # By name alone: an id that looks like a name is somebody else's snapshot.
+    found = [] if image is None else [entry for entry in image.snapshots if entry.name == name]
+    if not found:
+        raise CommandError(f"{doing}: snapshot not found")
+    try:
+        image.snapshots.delete(found[0].id)
+    except Exception as exc:
+        raise failure(exc, doing) from exc
