@@ -45,14 +45,20 @@ def pytest_runtest_makereport(
 @pytest.fixture(autouse=True)
 def _qemu_takes_what_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every image that a test leaves behind is sound for QEMU and reads the same, but for the tests
-    marked ``not_for_qemu``, which say why."""
+    marked ``not_for_qemu``, which say why. Where ``leaks`` is marked, clusters may have leaked. The
+    module's ``PASSPHRASE`` opens those that are encrypted."""
     yield
     folder = request.node.funcargs.get("tmp_path") if hasattr(request.node, "funcargs") else None
     if folder is None or request.node.get_closest_marker("not_for_qemu"):
         return
     if "call" not in request.node.stash.get(PASSED, set()):
         return
-    wrong = [said for path in witness.images_in(folder) if (said := witness.testify(path))]
+    leaks = request.node.get_closest_marker("leaks") is not None
+    passphrase = getattr(request.module, "PASSPHRASE", None)
+    wrong = []
+    for path in witness.images_in(folder):
+        if said := witness.testify(path, leaks=leaks, passphrase=passphrase):
+            wrong.append(said)
     if wrong:
         pytest.fail("\n".join(wrong), pytrace=False)
 
