@@ -210,7 +210,8 @@ cdef class Storage:
         data = PyBytes_FromStringAndSize(NULL, n)
         cdef char *dst = PyBytes_AS_STRING(data)
         with nogil:
-            rc = self.read_at(Q2_SITE_DATA_READ, dst, n, off)
+            # Who wants a bytes object of its own reads headers and tables, not data.
+            rc = self.read_at(Q2_SITE_HEADER_READ, dst, n, off)
         check_status(rc, self.name)
         return data
 
