@@ -5,7 +5,6 @@ It hears where the image above it is (``at_site``) and knows the events of QEMU 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 from qcow2x.drivers import options as opts
@@ -73,6 +72,7 @@ class BlkdebugNode(FilterNode):
         "max-discard",
     )
     rules: Rules
+    _unflushed = False
 
     @classmethod
     def parse_filename(cls, filename: str, options: Options) -> None:
@@ -95,7 +95,6 @@ class BlkdebugNode(FilterNode):
         filename = opts.take_text(options, "x-image")
         self.graph.open_child(self, "image", options, filename)
         self._take_limits(options)
-        self._writing = threading.RLock()
         self.storage = PyStorage(_Listening(self), self.writable)
         self.rules.event("none")
 
@@ -119,6 +118,9 @@ class BlkdebugNode(FilterNode):
     @property
     def debug(self) -> Rules:
         return self.rules
+
+    def at_event(self, event: str) -> None:
+        self.rules.event(event)
 
     def own_filename(self) -> str | None:
         image = self.children["image"].exact_filename
@@ -159,7 +161,7 @@ class BlkdebugNode(FilterNode):
             return
         start = offset - offset % self._align
         end = -(-(offset + len(view)) // self._align) * self._align
-        with self._writing:
+        with self.writing:
             if (start, end) == (offset, offset + len(view)):
                 self._write_aligned(view, offset, fua)
                 return
@@ -171,6 +173,7 @@ class BlkdebugNode(FilterNode):
             self._write_aligned(whole, start, fua)
 
     def _write_aligned(self, view: memoryview, offset: int, fua: bool) -> None:
+        self._unflushed = True
         self.rules.event("pwritev")
         step = self._max_transfer or len(view)
         for at in range(0, len(view), step):
@@ -185,6 +188,7 @@ class BlkdebugNode(FilterNode):
         high = max(low, end - end % self._align)
         if low > offset:
             self._write(memoryview(bytes(low - offset)), offset, fua)
+        self._unflushed = True
         self.rules.event("pwritev_zero")
         unit = max(self._opt_zero, self._align)
         limit = self._max_zero or high - low
@@ -230,8 +234,11 @@ class BlkdebugNode(FilterNode):
             offset += nbytes
 
     def _flush(self) -> None:
-        self.rules.check(0, 0, "flush", self.name)
-        super()._flush()
+        # As in QEMU a flush with nothing to flush never comes here.
+        if self._unflushed:
+            self.rules.check(0, 0, "flush", self.name)
+            super()._flush()
+            self._unflushed = False
 
 
 class _Listening(HookStorage):

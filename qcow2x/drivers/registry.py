@@ -16,8 +16,12 @@ from qcow2x.drivers.node import Node
 #: Driver name -> the module of this package and the class in it.
 DRIVERS = {
     "blkdebug": ("blkdebug", "BlkdebugNode"),
+    "compress": ("compress", "CompressNode"),
+    "copy-on-read": ("copy_on_read", "CopyOnReadNode"),
     "file": ("file", "FileNode"),
+    "host_cdrom": ("file", "HostCdromNode"),
     "host_device": ("file", "HostDeviceNode"),
+    "luks": ("luks", "LuksNode"),
     "null-co": ("null", "NullNode"),
     "qcow2": ("qcow2", "Qcow2Node"),
     "raw": ("raw", "RawNode"),
@@ -27,6 +31,7 @@ DRIVERS = {
 PROTOCOLS = {
     "blkdebug": "blkdebug",
     "file": "file",
+    "host_cdrom": "host_cdrom",
     "host_device": "host_device",
     "null-co": "null-co",
 }
