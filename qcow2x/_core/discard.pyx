@@ -7,7 +7,7 @@ make of one entry.
 from libc.stdint cimport uint8_t, uint32_t
 
 from qcow2x._core.cache cimport q2_slot
-from qcow2x._core.flush cimport flush_if_metadata_changed
+from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport round_down, round_up
 from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (drop_entry, ensure_l2_table, entry_changed, entry_is_ours,
@@ -167,6 +167,7 @@ cdef q2_status discard_guest(ImageState img, uint64_t guest_off, uint64_t nbytes
         st = change_clusters(img, DISCARD, first, end)
     if st == Q2_OK and img.durable:
         st = flush_if_metadata_changed(img)
+    flush_if_much_freed(img)
     return st
 
 
@@ -333,6 +334,7 @@ cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, b
             st = zero_edge(img, last << img.geo.cluster_bits, end)
     if st == Q2_OK and (fua or img.durable):
         st = flush_if_metadata_changed(img)
+    flush_if_much_freed(img)
     return st
 
 

@@ -13,7 +13,7 @@ from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport q2_cow, write_with_cow
 from qcow2x._core.errors cimport fail
-from qcow2x._core.flush cimport flush_if_metadata_changed
+from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_table,
@@ -382,6 +382,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         leave_write(img, parity)
     if st == Q2_OK and durable:
         st = flush_if_metadata_changed(img)
+    flush_if_much_freed(img)
     return st
 
 
