@@ -748,7 +748,9 @@ class Bitmaps(Mapping[str, Bitmap]):
         if not entry.usable:
             why = "was not stored by its last writer" if entry.broken else "has unknown extra data"
             raise _damaged(
-                self._image.name, entry.table_offset, f"bitmap {name!r} {why}; it can only be removed"
+                self._image.name,
+                entry.table_offset,
+                f"bitmap {name!r} {why}; it can only be removed",
             )
         return entry
 

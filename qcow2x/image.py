@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -22,7 +23,7 @@ from qcow2x.storage import FileStorage, Storage, open_storage
 from qcow2x.types import CheckResult, Extent, ImageInfo, Progress, Stats
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Buffer, Self
 
     from qcow2x._core.crypto import SectorCipher
     from qcow2x.backing import ReferencePolicy
@@ -511,6 +512,31 @@ class Image(CoreImage):
                 piece = blank[: nbytes - at]
                 self._file.pwrite(piece, extent.host_offset + at)
         self.flush()
+
+    # ---- The state of a machine ----
+
+    def vmstate_pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes of the state of a machine that is kept with the image, behind the disk,
+        from ``offset`` of that state on. What was never written is zeros. Errors as :meth:`pread`,
+        and UnsupportedFeature for an image with an external data file."""
+        data = bytearray(length)
+        self.vmstate_preadinto(data, offset)
+        return bytes(data)
+
+    def vmstate_pwrite(self, data: Buffer, offset: int) -> int:
+        """Writes all of ``data`` at ``offset`` of a machine's state; returns its length.
+
+        The state may be as long as an L1 table of 32 MiB reaches behind the disk (2 PiB at 64 KiB
+        clusters). It becomes part of the next internal snapshot, and ends when the disk is resized
+        to where it lies. One thread at a time; others wait. Errors as :meth:`pwrite`; OSError
+        (EFBIG) past the end.
+        """
+        with memoryview(data) as view, self._exclusive:
+            end = self.vmstate_offset + offset + view.nbytes
+            if self._l1_entries_for(end) * 8 > _snapshot.MAX_L1_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.name)
+            self._vmstate_write(view, offset)
+            return view.nbytes
 
     # ---- As a file ----
 

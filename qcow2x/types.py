@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-#: ``progress(done, total, phase)``: called from the thread that runs the work, about ten times a
-#: second at most, with ``done <= total`` in bytes. Return ``False`` to cancel; anything else goes on.
+#: ``progress(done, total, phase)``: called from the thread that called the operation, about ten times
+#: a second and at every percent, with ``done <= total`` in bytes. Return ``False`` to cancel; anything else goes on.
 Progress = Callable[[int, int, str], object]
 
 

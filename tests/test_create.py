@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import qcow2x
 from qcow2x._core.header import Header
 from qcow2x._core.storage import FileStorage
 from qcow2x.errors import FormatError, ImageLocked, NoSpace
@@ -223,6 +224,19 @@ def test_existing_file_is_replaced_whole(tmp_path):
     path.write_bytes(b"\xff" * (4 * MiB))
     create(path, MiB)
     assert path.stat().st_size < MiB
+    assert_clean(path)
+
+
+def test_preallocated_metadata_takes_no_room_for_data(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    create(path, 3 << 30, preallocation="metadata", cluster_size=MiB)
+    with qcow2x.open(path) as image, open(path, "rb") as file:
+        for extent in image.extents():
+            try:
+                data = os.lseek(file.fileno(), extent.host_offset, os.SEEK_DATA)
+            except OSError:
+                continue  # No data up to the end of the file.
+            assert data >= extent.host_offset + extent.length
     assert_clean(path)
 
 

@@ -284,3 +284,94 @@ def test_what_is_wrong_with_an_image(folder: Path) -> None:
     )
     Path("c").write_bytes(b"x" * 65536)
     assert said("c", format="qcow2").endswith(": Image is not in qcow2 format")
+
+
+def test_copy_on_read(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    with open_node("a", writable=True) as node:
+        node.pwrite(b"x" * 1000, 70000)
+    qcow2x.create("b", 1 << 20, backing_file="a", backing_format="qcow2")
+
+    def held() -> list[tuple[int, int, bool]]:
+        with open_node("b") as node:
+            runs = node.extents()
+            return [(r.offset, r.length, r.zero) for r in runs if r.allocated and not r.depth]
+
+    with open_node("b", writable=True, copy_on_read=True) as node:
+        assert node.pread(2, 70000) == b"xx"
+    assert held() == [(65536, 65536, False)]
+    spec = "driver=copy-on-read,file.driver=qcow2,file.file.filename=b"
+    with open_node(spec, image_opts=True, writable=True) as node:
+        assert node.pread(4, 200000) == bytes(4)
+        node.pwrite(b"y", 65535)
+        assert node.pread(4465, 65535) == b"y" + bytes(4464)
+    assert held() == [(0, 65536, False), (65536, 65536, False), (196608, 65536, True)]
+    assert said("b", copy_on_read=True).endswith("Can't use copy-on-read on read-only device")
+    assert said(spec, image_opts=True).endswith("Block node is read-only")
+    assert qcow2x.check("b").clean
+
+
+def test_compress(folder: Path) -> None:
+    qcow2x.create("a", (1 << 20) + 512)
+    with open_node("a", writable=True) as node:
+        node.pwrite(b"x" * (1 << 20), 512)
+    spec = "driver=compress,file.driver=qcow2,file.file.filename=a"
+    with open_node(spec, image_opts=True, writable=True) as node:
+        node.pwrite(b"y" * 65536, 65536)
+        node.pwrite(b"z" * 10, 200000)
+        node.pwrite(b"w" * 100, (1 << 20) + 400)
+        assert [(r.offset, r.length) for r in node.extents() if r.compressed] == [
+            (65536, 65536),
+            (196608, 65536),
+            (1048576, 512),
+        ]
+        assert node.pread(12, 199999) == b"x" + b"z" * 10 + b"x"
+        assert node.pread(200, 1 << 20) == b"x" * 200
+    spec = "driver=compress,file.driver=raw,file.file.filename=a"
+    assert said(spec, image_opts=True).endswith(
+        "Compression is not supported for underlying format: raw"
+    )
+
+
+def test_a_guessed_raw_disk_stays_one(folder: Path) -> None:
+    Path("r").write_bytes(bytes(4096))
+    with open_node("r", writable=True) as node:
+        node.pwrite(b"QFI", 0)
+        with pytest.raises(PermissionError):
+            node.pwrite(b"\xfb\0\0\0\3", 3)
+        node.pwrite(b"x", 4)
+    with open_node("r", format="raw", writable=True) as node:
+        node.pwrite(b"QFI\xfb\0\0\0\3", 0)
+
+
+@pytest.fixture(scope="module")
+def qemu_img() -> str:
+    import shutil
+
+    return shutil.which("qemu-img") or pytest.skip("no qemu-img here")
+
+
+def test_luks(folder: Path, qemu_img: str) -> None:
+    import subprocess
+
+    made = [qemu_img, "create", "-q", "-f", "luks", "--object", "secret,id=s,data=key"]
+    subprocess.run([*made, "-o", "key-secret=s,iter-time=10", "a", "1M"], check=True)
+    spec = "driver=luks,key-secret=s,file.filename=a"
+    content = bytearray(1 << 20)
+    with open_node(spec, image_opts=True, secrets={"s": b"key"}, writable=True) as node:
+        assert node.size == 1 << 20
+        node.pwrite(bytes(1 << 20), 0)
+        for at, nbytes in ((0, 1), (511, 2), (1000, 300_001), (1023 * 1024 + 5, 700)):
+            node.pwrite(b"x" * nbytes, at)
+            content[at : at + nbytes] = b"x" * nbytes
+        assert node.pread(1 << 20, 0) == content
+        assert node.pread(700, 900_001) == content[900_001:900_701]
+    convert = [qemu_img, "convert", "--object", "secret,id=s,data=key", "--image-opts", spec]
+    subprocess.run([*convert, "-O", "raw", "out"], check=True)
+    assert Path("out").read_bytes() == content
+    assert said("a") == "Could not open 'a': Parameter 'key-secret' is required for cipher"
+    assert "Invalid password, cannot unlock any keyslot" in said(
+        spec, image_opts=True, secrets={"s": b"other"}
+    )
+    with open_node("a", io=False) as node:
+        assert node.driver == "luks" and node.size == 1 << 20

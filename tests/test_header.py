@@ -103,10 +103,11 @@ BAD_FIELDS = [
     ({"size": 1 << 63}, FormatError, "Image is too big"),
     ({"size": 2**64 - 1}, FormatError, "Image is too big"),
     ({"size": 1 << 40}, FormatError, "L1 table is too small"),
+    ({"size": 1 << 62}, FormatError, "Image is too big"),
     ({"refcount_order": 7}, FormatError, "entry width too large"),
     ({"refcount_order": 2**32 - 1}, FormatError, "entry width too large"),
     ({"crypt_method": 3}, UnsupportedFeature, "encryption method"),
-    ({"crypt_method": 2}, FormatError, "LUKS"),
+    ({"crypt_method": 2}, FormatError, "Missing CRYPTO header"),
     ({"l1_size": 0}, FormatError, "L1 table is too small"),
     ({"l1_size": (4 << 20) + 1}, FormatError, "Active L1 table too large"),
     ({"l1_size": 2**32 - 1}, FormatError, "Active L1 table too large"),
@@ -135,7 +136,11 @@ BAD_FIELDS = [
     ({"backing_offset": 8, "backing_size": 4}, FormatError, "overlaps the header fields"),
     ({"backing_offset": CLUSTER + 1}, FormatError, "Invalid backing file offset"),
     ({"backing_offset": 2**64 - 1, "backing_size": 4}, FormatError, "Invalid backing file offset"),
-    ({"backing_offset": CLUSTER - 4, "backing_size": 5}, FormatError, "Invalid backing file offset"),
+    (
+        {"backing_offset": CLUSTER - 4, "backing_size": 5},
+        FormatError,
+        "Invalid backing file offset",
+    ),
     ({"backing_offset": 1024, "backing_size": 1024}, FormatError, "Backing file name too long"),
 ]
 
@@ -149,7 +154,7 @@ def test_field_out_of_range_is_refused_with_its_reason(fields, error, sentence):
 
 
 BAD_EXTENSIONS = [
-    ([(BACKING_FORMAT, b"raw"), (BACKING_FORMAT, b"qcow2")], {}, "there twice"),
+    ([(FEATURES, b""), (FEATURES, b"")], {}, "there twice"),
     ([(BACKING_FORMAT, b"x" * 16)], {}, "backing format name is longer"),
     ([(CRYPTO, bytes(16))], {}, "encryption method is not LUKS"),
     ([(CRYPTO, bytes(15))], {"crypt_method": 2}, "15 bytes instead of 16"),
@@ -171,6 +176,15 @@ BAD_EXTENSIONS = [
 def test_bad_extension_is_refused_with_its_reason(extensions, fields, sentence):
     with pytest.raises(FormatError, match=sentence):
         parse(extensions=extensions, **fields)
+
+
+def test_last_backing_format_counts():
+    header = parse(
+        extensions=[(BACKING_FORMAT, b"raw"), (UNKNOWN, b""), (BACKING_FORMAT, b"qcow2")]
+    )
+    assert header.backing_format == "qcow2"
+    again = Header.parse(header.encode(), FILE_SIZE)
+    assert again.extensions == [(BACKING_FORMAT, b"qcow2"), (UNKNOWN, b"")]
 
 
 def test_extension_longer_than_the_cluster_is_refused():
@@ -234,6 +248,11 @@ def test_load_reads_no_more_than_the_first_cluster():
 
 def test_cluster_size_is_told_from_the_first_bytes():
     assert cluster_size_of(cluster(cluster_bits=12)[:112]) == 4096
+
+
+def test_name_at_the_end_of_the_feature_table_may_be_cut_short():
+    header = parse(extensions=[(FEATURES, b"\0\x07time travel")], incompat=1 << 7)
+    assert header.unknown_incompat == ["time travel"]
 
 
 def test_unknown_incompatible_features_are_listed_by_name():

@@ -31,9 +31,7 @@ class BitmapData:
         self, file: Storage, size: int, granularity_bits: int, cluster_bits: int
     ) -> None: ...
     @staticmethod
-    def empty(
-        file: Storage, size: int, granularity_bits: int, cluster_bits: int
-    ) -> BitmapData: ...
+    def empty(file: Storage, size: int, granularity_bits: int, cluster_bits: int) -> BitmapData: ...
     @staticmethod
     def load(
         file: Storage,

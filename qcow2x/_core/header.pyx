@@ -192,6 +192,8 @@ cdef q2_status validate(const q2_header *h, const q2_geometry *g,
                     b"Reference count table too large")
     if rt_bytes == 0:
         return bad_field(Q2_HDR_RT_CLUSTERS, b"Image does not contain a reference count table")
+    if l1_entries_for(g, h.size) > 0x7fffffff:
+        return bad_field(Q2_HDR_SIZE, b"Image is too big")
     if h.l1_size < l1_entries_for(g, h.size):
         return bad_field(Q2_HDR_L1_SIZE, b"L1 table is too small")
     st = check_table(Q2_HDR_RT_OFFSET, h.rt_offset, rt_bytes, g.cluster_size, file_size,
@@ -414,11 +416,12 @@ cdef class Header:
 
     def set_extension(self, uint32_t kind, data):
         """Replaces the extension of this type where it stands, adds it, or drops it (None)."""
-        for i, (found, _) in enumerate(self.extensions):
-            if found == kind:
-                self.extensions[i:i + 1] = [] if data is None else [(kind, bytes(data))]
-                return
-        if data is not None:
+        places = [i for i, (found, _) in enumerate(self.extensions) if found == kind]
+        for i in reversed(places[1:] if data is not None else places):
+            del self.extensions[i]
+        if data is not None and places:
+            self.extensions[places[0]] = (kind, bytes(data))
+        elif data is not None:
             self.extensions.append((kind, bytes(data)))
 
     def clear_unknown_autoclear(self):
@@ -619,7 +622,9 @@ cdef int parse_extensions(Header self, bytes cluster, object name) except -1:
             raise bad_extension(
                 name, at, "Header extension too large", f": {kind:#010x} of {nbytes} bytes, where "
                 f"{cur.remaining} remain for it")
-        if kind in known and kind in seen:
+        # Twice is one time too often: programs would differ in which they take. All take the last
+        # of two backing formats, and programs that only append one, to change it, exist.
+        if kind in known and kind in seen and kind != Q2_EXT_BACKING_FORMAT:
             raise bad_extension(name, at, f"header extension {kind:#010x} is there twice")
         seen.add(kind)
         if len(self.extensions) == MAX_EXTENSIONS:
@@ -643,8 +648,7 @@ cdef int check_extensions(Header self, object name) except -1:
         elif kind == Q2_EXT_BITMAPS and self.fields.autoclear & Q2_AUTOCLEAR_BITMAPS:
             check_bitmaps_extension(self, data, name)
     if self.fields.crypt_method == Q2_CRYPT_LUKS and self.crypto_header is None:
-        raise bad_extension(name, None, "LUKS encryption is set but the extension that says "
-                            "where its header lies is missing")
+        raise bad_extension(name, None, "Missing CRYPTO header for crypt method 2")
     self.unknown_incompat = name_unknown_incompat(self)
     return 0
 
@@ -691,7 +695,8 @@ cdef list unknown_bits(Header self):
     unknown = self.fields.incompat & ~Q2_INCOMPAT_KNOWN
     names = {}
     table = self.extension(Q2_EXT_FEATURE_NAMES) or b""
-    for at in range(0, len(table) - FEATURE_ENTRY_BYTES + 1, FEATURE_ENTRY_BYTES):
+    # The last name may be cut short.
+    for at in range(0, len(table) - 2, FEATURE_ENTRY_BYTES):
         if table[at] == 0:
             raw = table[at + 2:at + FEATURE_ENTRY_BYTES].split(b"\0", 1)[0]
             # Ends up in messages: nothing that could drive a terminal.

@@ -36,6 +36,7 @@ from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
 from qcow2x._core.sync cimport *
+from qcow2x._core.vmstate cimport load_vmstate, save_vmstate, vmstate_at
 from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
                                 q2_load_be64, q2_store_be64)
 from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
@@ -346,6 +347,40 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = flush_image(self)
         check_status(st, self.name)
+
+    # ---- The state of a machine, behind the disk -------------------------------------------------
+
+    @property
+    def vmstate_offset(self):
+        """Where the state of a machine begins: the first guest offset whose L1 entry the disk does
+        not need. (It counts from 0 in the methods that read and write it.)"""
+        return vmstate_at(self)
+
+    def vmstate_preadinto(self, buffer, offset):
+        """Fills ``buffer`` with a machine's state from ``offset`` on; what was never written is
+        zeros. Returns the buffer's length. Raises UnsupportedFeature with an external data file,
+        else errors as :meth:`pread`."""
+        cdef uint64_t off = door_offset(offset)
+        cdef Py_buffer view
+        cdef q2_status st
+        PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        with nogil:
+            st = load_vmstate(self, view.buf, view.len, off)
+        cdef Py_ssize_t n = view.len
+        PyBuffer_Release(&view)
+        check_status(st, self.name)
+        return n
+
+    def _vmstate_write(self, data, offset):
+        """What Image.vmstate_pwrite does alone: the L1 table reaches as far, then whole clusters."""
+        cdef uint64_t off = door_offset(offset)
+        cdef Py_buffer view
+        cdef q2_status st
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        with nogil:
+            st = save_vmstate(self, view.buf, view.len, off)
+        PyBuffer_Release(&view)
+        self._raise_write(st)
 
     def _resize(self, size):
         """Sets the disk's size; policy (shrinking, preallocation) is the caller's."""

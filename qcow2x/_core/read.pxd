@@ -11,6 +11,11 @@ from qcow2x._core.storage cimport q2_extent
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil
 
+# No lock held. The same for a range past the end of the disk, where the state of a machine is kept:
+# what is not mapped there is zeros, whatever the backing file has.
+cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
+                            uint64_t guest_off) noexcept nogil
+
 # No lock held. The first run at guest_off in this layer, with its own Q2_KIND: UNALLOCATED for what a
 # backing file shows.
 cdef q2_status layer_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,

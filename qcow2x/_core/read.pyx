@@ -118,6 +118,34 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     return st
 
 
+cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
+                            uint64_t guest_off) noexcept nogil:
+    cdef q2_plan plan
+    cdef uint8_t *out = <uint8_t *>buf
+    cdef uint64_t end = guest_off + nbytes
+    cdef uint64_t mapped = <uint64_t>img.l1_size << (img.geo.cluster_bits + img.geo.l2_bits)
+    cdef uint32_t parity = 0
+    cdef bint entered = False
+    cdef int32_t i
+    cdef q2_status st = Q2_OK
+    memset(out, 0, nbytes)
+    if end > mapped:
+        end = mapped
+    while guest_off < end and st == Q2_OK:
+        st = plan_next(img, guest_off, end - guest_off, &plan, &entered, &parity)
+        if st != Q2_OK:
+            break
+        for i in range(plan.n):
+            # The backing file has a disk there, if anything.
+            if plan.extent[i].kind != Q2_KIND_UNALLOCATED and st == Q2_OK:
+                st = read_extent(img, &plan.extent[i], out)
+            out += plan.extent[i].nbytes
+        guest_off += plan.nbytes
+    if entered:
+        leave_request(img, parity)
+    return st
+
+
 cdef q2_status layer_extent(ImageState img, uint64_t guest_off, uint64_t nbytes,
                             q2_extent *out) noexcept nogil:
     cdef q2_plan plan

@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.alloc cimport alloc_contiguous
-from qcow2x._core.discard cimport unmap_tail, zero_guest
+from qcow2x._core.discard cimport unmap_guest, unmap_tail, zero_guest
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.geometry cimport l1_entries_for
@@ -122,11 +122,23 @@ cdef q2_status set_disk_size(ImageState img, uint64_t size) noexcept nogil:
     return st
 
 
+cdef q2_status drop_vmstate(ImageState img, uint64_t size) noexcept nogil:
+    """A machine's state lies behind the last L1 entry of the disk. Where that moves, what was there
+    is no state any more, and must not become part of the disk."""
+    cdef uint32_t shift = img.geo.cluster_bits + img.geo.l2_bits
+    cdef uint64_t entries = l1_entries_for(&img.geo, img.disk_size)
+    if l1_entries_for(&img.geo, size) == entries or entries >= img.l1_size:
+        return Q2_OK
+    return unmap_guest(img, entries << shift, (img.l1_size - entries) << shift)
+
+
 cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
     cdef uint64_t old = img.disk_size
     cdef uint64_t entries = l1_entries_for(&img.geo, size)
     cdef uint64_t tail
     cdef q2_status st = may_write(img)
+    if st == Q2_OK:
+        st = drop_vmstate(img, size)
     if st != Q2_OK:
         return st
     if size < old:

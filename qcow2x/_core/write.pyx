@@ -419,6 +419,9 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
             # at the end cannot cut off what others append meanwhile, as a truncate could.
             st = img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), 512, w.host_off + run - 512,
                                    WRITE_DEFERRED)
+            # And that block back: metadata alone is to be allocated. Where it cannot, it stays.
+            if st == Q2_OK:
+                st = img.file.punch_hole(Q2_SITE_PREALLOCATE, w.host_off, run)
         elif w.what == RENEW or not w.flag_zeros:
             st = img.file.zero_range(Q2_SITE_PREALLOCATE, w.host_off, run, 0)
         st = finish(img, &w, st)

@@ -1,30 +1,37 @@
-"""``qcow2x bench``: time a series of equal requests, as ``qemu-img bench`` does."""
+"""``bench``: time a series of equal requests."""
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
+from qcow2x.cli.copying import why
+from qcow2x.cli.opening import open_disk
 from qcow2x.cli.options import (
     FORMAT,
+    IMAGE_OPTS,
     QUIET,
     SHARE,
     Option,
-    UsageError,
+    Parsed,
     image_size,
-    number,
     one_file,
     parse,
 )
+from qcow2x.cli.report import CommandError
+from qcow2x.errors import Qcow2Error
 
 OPTIONS = (
     Option("c", "count", "N", "number of requests (75000)"),
     Option("d", "depth", "N", "requests in flight (64); more than one matters for uncached modes"),
     FORMAT,
     Option("", "flush-interval", "N", "flush after every N writes"),
-    Option("i", "aio", "MODE", "accepted for qemu-img, without effect"),
+    Option("i", "aio", "MODE", "threads, native or io_uring: accepted for qemu-img"),
     Option("n", "native", None, "accepted for qemu-img, without effect"),
     Option("", "no-drain", None, "do not wait for the writes in flight before a flush"),
     Option("o", "offset", "OFFSET", "where the first request begins (0)"),
@@ -35,67 +42,77 @@ OPTIONS = (
     Option("t", "cache", "MODE", "cache mode (writeback)"),
     Option("w", "write", None, "write instead of reading"),
     SHARE,
+    IMAGE_OPTS,
 )
 USAGE = (
-    "[-c N] [-d N] [-f FMT] [--flush-interval=N] [-n] [-o OFFSET] [--pattern=BYTE] [-q] "
-    "[-s SIZE] [-S SIZE] [-t MODE] [-w] [-U] FILE"
+    "[-c N] [-d N] [-f FMT] [--flush-interval=N] [-i MODE] [-n] [--no-drain] [-o OFFSET] "
+    "[--pattern=BYTE] [-q] [-s SIZE] [-S SIZE] [-t MODE] [-w] [-U] [--image-opts] FILE"
 )
+INT_MAX = (1 << 31) - 1
 #: With the page cache a request is answered at once, and a second thread would only wait for the
 #: first; past it the device works on several. More threads than this no longer add to that.
 MAX_THREADS = 32
 
 
 def main(argv: list[str]) -> int:
+    from qcow2x.drivers.opening import CACHE_FLAGS
+
     parsed = parse("bench", USAGE, OPTIONS, argv)
-    path = one_file(parsed)
-    int_max = (1 << 31) - 1
-    count = number(parsed.value("count"), "request count", 1, int_max, 75000)
-    depth = number(parsed.value("depth"), "queue depth", 1, int_max, 64)
-    interval = number(parsed.value("flush-interval"), "flush interval", 0, int_max, 0)
-    pattern = number(parsed.value("pattern"), "pattern byte", 0, 255, 0)
+    count = _number(parsed, "count", "request count", INT_MAX, 75000)
+    depth = _number(parsed, "depth", "queue depth", INT_MAX, 64)
+    interval = _number(parsed, "flush-interval", "flush interval", INT_MAX, 0)
+    pattern = _number(parsed, "pattern", "pattern byte", 255, 0)
     offset = image_size(parsed.value("offset") or "0", "offset")
-    nbytes = _bounded(parsed.value("buffer-size") or "4k", "buffer size", int_max)
-    step = _bounded(parsed.value("step-size") or "0", "step size", int_max) or nbytes
+    nbytes = image_size(parsed.value("buffer-size") or "4k", "buffer size", 0, INT_MAX)
+    step = image_size(parsed.value("step-size") or "0", "step_size", 0, INT_MAX) or nbytes
     is_write = parsed.flag("write")
     cache = parsed.value("cache", "writeback") or ""
+    if cache not in CACHE_FLAGS:
+        raise CommandError("Invalid cache mode")
+    aio = parsed.value("aio", "threads")
+    if aio not in ("threads", "native", "io_uring"):
+        raise CommandError(f"Invalid aio option: {aio}")
+    path = one_file(parsed)
     if interval and not is_write:
-        raise UsageError("--flush-interval is only available in write tests")
+        raise CommandError("--flush-interval is only available in write tests")
     if interval and interval < depth:
-        raise UsageError("Flush interval can't be smaller than depth")
-
-    from qcow2x.ops.disk import open_disk
-
-    disk, _ = open_disk(
+        raise CommandError("Flush interval can't be smaller than depth")
+    with open_disk(
         path,
         parsed.value("format"),
-        mode="r+" if is_write else "r",
+        image_opts=parsed.flag("image-opts"),
+        writable=is_write,
         cache=cache,
-        references="follow",
-        lock=not parsed.flag("force-share"),
-    )
-    try:
+        force_share=parsed.flag("force-share"),
+        discard=False,
+    ) as disk:
         kind = "write" if is_write else "read"
-        if not parsed.flag("quiet"):
-            print(
-                f"Sending {count} {kind} requests, {nbytes} bytes each, {depth} in parallel "
-                f"(starting at offset {offset}, step size {step})"
-            )
-            if interval:
-                drain = "" if parsed.flag("no-drain") else ", waiting for those in flight"
-                print(f"Sending flush every {interval} requests{drain}")
-        threads = 1 if cache in ("writeback", "unsafe") else min(depth, MAX_THREADS)
+        print(
+            f"Sending {count} {kind} requests, {nbytes} bytes each, {depth} in parallel "
+            f"(starting at offset {offset}, step size {step})"
+        )
+        if interval:
+            print(f"Sending flush every {interval} requests")
+        threads = 1 if cache in ("writeback", "unsafe") else max(1, min(depth, MAX_THREADS))
         run = _Run(disk, count, nbytes, offset, step, is_write, pattern, interval)
-        seconds = run.time(threads)
+        try:
+            seconds = run.time(threads)
+        except (OSError, Qcow2Error) as exc:
+            raise CommandError(f"Failed request: {why(exc)}") from exc
         print(f"Run completed in {seconds:.3f} seconds.")
-    finally:
-        disk.close()
     return 0
 
 
-def _bounded(text: str, what: str, high: int) -> int:
-    value = image_size(text, what)
-    if value > high:
-        raise UsageError(f"Invalid {what} specified. Must be between 0 and {high}.")
+def _number(parsed: Parsed, key: str, what: str, high: int, default: int) -> int:
+    text = parsed.value(key)
+    if text is None:
+        return default
+    try:
+        value = int(text, 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= high:
+        raise CommandError(f"Invalid {what} specified")
     return value
 
 
@@ -118,21 +135,17 @@ class _Run:
         self.is_write = is_write
         self.pattern = pattern
         self.interval = interval
-        size = disk.size
-        if nbytes > size or offset > size - nbytes:
-            raise ValueError(f"Failed request: {nbytes} bytes at {offset} do not fit in the disk")
-        # Behind the last whole request the series begins again at the start of the disk.
-        self.offsets = self._walk(count, offset, step, size)
+        self.offsets = self._walk(count, offset, step, disk.size)
         self.lock = threading.Lock()
         self.sent = 0
         self.failure: BaseException | None = None
 
-    def _walk(self, count: int, offset: int, step: int, size: int) -> Any:
+    def _walk(self, count: int, offset: int, step: int, size: int) -> Iterator[int]:
         for _ in range(count):
+            if offset + self.nbytes > size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             yield offset
-            offset += step
-            if offset > size - self.nbytes:
-                offset = 0
+            offset = (offset + step) % size if size else 0
 
     def time(self, n_threads: int) -> float:
         """Seconds from the first request to the last answer; what a close flushes is not in it."""
@@ -159,7 +172,7 @@ class _Run:
         except BaseException as exc:
             self.failure = exc
 
-    def _shared_offsets(self) -> Any:
+    def _shared_offsets(self) -> Iterator[int]:
         while self.failure is None:
             with self.lock:
                 offset = next(self.offsets, None)
@@ -167,7 +180,7 @@ class _Run:
                 return
             yield offset
 
-    def _send(self, offsets: Any) -> None:
+    def _send(self, offsets: Iterator[int]) -> None:
         # A map is page aligned, as O_DIRECT wants it.
         buffer = memoryview(mmap.mmap(-1, max(self.nbytes, 1)))[: self.nbytes]
         if not self.is_write:

@@ -1,67 +1,114 @@
-"""``qcow2x compare``: do two disks read the same? Exit status 0 yes, 1 no, 2 and up cannot tell."""
+"""``compare``: do two disks read the same? Exit status 0 yes, 1 no, 2 and up cannot tell."""
 
 from __future__ import annotations
 
-import errno
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
-from qcow2x.cli.options import FORMAT, PROGRESS, QUIET, SHARE, Option, UsageError, parse
-from qcow2x.cli.text import ProgressBar
-from qcow2x.errors import CorruptImage, StorageError
-
-OPTIONS = (
-    FORMAT,
-    Option("F", "second-format", "FMT", "format of the second image"),
-    Option("s", "strict", None, "sizes and allocation have to be equal too"),
-    Option("T", "src-cache", "MODE", "cache mode for reading both"),
+from qcow2x.cli.copying import why
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import open_disk
+from qcow2x.cli.options import (
+    IMAGE_OPTS,
+    OBJECT,
     PROGRESS,
     QUIET,
     SHARE,
+    Option,
+    Parsed,
+    UsageError,
+    parse,
 )
-USAGE = "[-f FMT] [-F FMT] [-s] [-T MODE] [-p] [-q] [-U] FILE1 FILE2"
+from qcow2x.cli.report import CommandError
+from qcow2x.cli.text import ProgressBar
+from qcow2x.errors import Cancelled, Qcow2Error
 
-#: Cannot open or otherwise failed; a failed read has a number of its own.
+if TYPE_CHECKING:
+    from qcow2x.ops.compare import CompareResult
+
+OPTIONS = (
+    Option("f", "format", "FMT", "format of the first image (default: look)"),
+    Option("F", "second-format", "FMT", "format of the second image (default: look)"),
+    Option("s", "strict", None, "sizes and allocation have to be equal too"),
+    Option("T", "src-cache", "MODE", "cache mode for reading both (default: writeback)"),
+    PROGRESS,
+    QUIET,
+    SHARE,
+    OBJECT,
+    IMAGE_OPTS,
+)
+USAGE = (
+    "[--object OBJECT] [--image-opts] [-f FMT] [-F FMT] [-s] [-T MODE] [-p] [-q] [-U] FILE1 FILE2"
+)
+
+#: Cannot open or otherwise failed; what cannot be looked at and what cannot be read have their own.
 EXIT_ERROR = 2
+EXIT_STATUS_ERROR = 3
 EXIT_READ_ERROR = 4
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.cli.main import describe
-    from qcow2x.cli.report import report
-    from qcow2x.ops.compare import compare
-
     parsed = parse("compare", USAGE, OPTIONS, argv)
+    try:
+        secrets = read_objects(parsed.values("object"))
+    except CommandError as exc:
+        exc.status = EXIT_ERROR
+        raise
     if len(parsed.args) != 2:
         raise UsageError("Expecting two image file names")
-    quiet = parsed.flag("quiet")
-    strict = parsed.flag("strict")
-    with ProgressBar(parsed.flag("progress") and not quiet) as bar:
-        try:
-            result = compare(
-                *parsed.args,
-                first_format=parsed.value("format"),
-                second_format=parsed.value("second-format"),
-                strict=strict,
-                cache=parsed.value("src-cache", "writeback") or "",
-                references="follow",
-                lock=not parsed.flag("force-share"),
-                progress=bar,
-            )
-        except (StorageError, CorruptImage) as exc:
-            # Reading failed, where the disks themselves could be opened.
-            if isinstance(exc, StorageError) and exc.errno == errno.ENOENT:
-                raise
-            report(describe(exc))
-            return EXIT_READ_ERROR
+    quiet, strict = parsed.flag("quiet"), parsed.flag("strict")
+    with ExitStack() as stack:
+        bar = stack.enter_context(ProgressBar(parsed.flag("progress") and not quiet))
+        result = _compare(parsed, secrets, strict, stack, bar)
     if not quiet:
         for line in _lines(result, strict):
             print(line)
     return 0 if result.identical else 1
 
 
-def _lines(result: object, strict: bool) -> list[str]:
-    from qcow2x.ops.compare import CompareResult
+def _compare(
+    parsed: Parsed, secrets: dict[str, bytes], strict: bool, stack: ExitStack, bar: ProgressBar
+) -> CompareResult:
+    from qcow2x.drivers.opening import CACHE_FLAGS
+    from qcow2x.ops.compare import compare
 
-    assert isinstance(result, CompareResult)
+    cache = parsed.value("src-cache", "writeback") or ""
+    if cache not in CACHE_FLAGS:
+        raise CommandError(f"Invalid source cache option: {cache}", status=EXIT_ERROR)
+    try:
+        disks = [
+            stack.enter_context(
+                open_disk(
+                    name,
+                    parsed.value(key),
+                    image_opts=parsed.flag("image-opts"),
+                    secrets=secrets,
+                    cache=cache,
+                    force_share=parsed.flag("force-share"),
+                )
+            )
+            for name, key in zip(parsed.args, ("format", "second-format"), strict=True)
+        ]
+    except CommandError as exc:
+        exc.status = EXIT_ERROR
+        raise
+    try:
+        return compare(*disks, strict=strict, progress=bar)
+    except Cancelled:
+        raise
+    except (OSError, Qcow2Error) as exc:
+        name = parsed.args[getattr(exc, "disk", 0)]
+        if getattr(exc, "doing", None) == "reading block status":
+            raise CommandError(
+                f"Sector allocation test failed for {name}", status=EXIT_STATUS_ERROR
+            ) from exc
+        offset = getattr(exc, "guest_offset", 0)
+        raise CommandError(
+            f"Error while reading offset {offset} of {name}: {why(exc)}", status=EXIT_READ_ERROR
+        ) from exc
+
+
+def _lines(result: CompareResult, strict: bool) -> list[str]:
     if result.reason == "size":
         return ["Strict mode: Image size mismatch!"]
     lines = []

@@ -1,132 +1,326 @@
-"""``qcow2x convert``: copy one or more disks into a new image."""
+"""``convert``: copy one or more disks into a new image, or into one that is there."""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from qcow2x.cli.create import print_option_help, qcow2_arguments
-from qcow2x.cli.formatopts import (
-    FormatOptions,
-    create_descriptions,
-    join_option_lists,
-    wants_help,
-)
+from qcow2x.cli.copying import told_as, why
+from qcow2x.cli.create import descriptions_for, print_option_help, qcow2_arguments
+from qcow2x.cli.formatopts import FormatOptions, join_option_lists, wants_help
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import open_disk
 from qcow2x.cli.options import (
-    CREATE_OPTIONS,
+    IMAGE_OPTS,
+    OBJECT,
     PROGRESS,
     QUIET,
     SHARE,
     Option,
-    UsageError,
+    Parsed,
+    image_size,
     number,
     parse,
-    parse_size,
 )
+from qcow2x.cli.report import CommandError, warn
+from qcow2x.cli.snapshots import Wanted
 from qcow2x.cli.text import ProgressBar
+
+if TYPE_CHECKING:
+    from qcow2x.ops.convert import ConvertResult, Damage
 
 OPTIONS = (
     Option("c", "compress", None, "compress the clusters of the target (qcow2 only)"),
-    Option("f", "format", "FMT", "format of the source: qcow2 or raw (default: look)"),
-    Option("O", "output-format", "FMT", "format of the target: qcow2 or raw (default)"),
-    CREATE_OPTIONS,
-    Option("b", "backing", "FILE", "backing file of the target; only the source's top is copied"),
-    Option("B", "target-backing", "FILE", "the same as -b"),
+    Option("C", "copy-offload", None, "let the kernel copy from file to file where it can"),
+    Option("f", "format", "FMT", "format of the sources (default: look)"),
+    Option("O", "output-format", "FMT", "format of the target: raw (default), qcow2 or luks"),
+    Option(
+        "o",
+        "options",
+        "OPTS",
+        "comma separated name=value list for a new target; 'help' lists them",
+    ),
+    Option(
+        "B", "target-backing", "FILE", "backing file of the target; only the source's top is copied"
+    ),
+    Option("b", "backing", "FILE", "the same as -B"),
     Option("F", "backing-format", "FMT", "format of that backing file"),
-    Option("l", "snapshot", "NAME", "copy this internal snapshot of the source"),
+    Option("l", "snapshot", "SNAPSHOT", "copy this internal snapshot of the source"),
     Option("m", "parallel", "N", "worker threads, 1 to 16 (default: one per CPU)"),
     Option("n", "no-create", None, "write into a target that is there already"),
-    Option("", "target-is-zero", None, "with -n: the target reads as zeros, do not write any"),
+    Option("r", "rate-limit", "RATE", "write no more than so many bytes per second"),
     Option("S", "sparse-size", "SIZE", "zero runs of this size are not stored (4k; 0: store all)"),
     Option("t", "cache", "MODE", "cache mode of the target (default: writeback)"),
-    Option("T", "src-cache", "MODE", "cache mode of the source (default: writeback)"),
-    Option("W", "out-of-order", None, "accepted for qemu-img: raw targets are always written so"),
+    Option("T", "src-cache", "MODE", "cache mode of the sources (default: writeback)"),
+    Option(
+        "W",
+        "out-of-order",
+        None,
+        "accepted for qemu-img: raw targets are always written out of order",
+    ),
+    Option("", "bitmaps", None, "copy the persistent bitmaps too"),
+    Option("", "skip-broken-bitmaps", None, "with --bitmaps: leave out those that missed writes"),
+    Option("", "salvage", None, "sectors that cannot be read become zeros"),
+    Option("", "target-is-zero", None, "with -n: the target reads as zeros, do not write any"),
+    Option("", "target-image-opts", None, "with -n: the target is a list of options of its driver"),
     Option("", "level", "N", "compression level: 1..9 for zlib, 1..19 for zstd"),
     PROGRESS,
     QUIET,
     SHARE,
+    OBJECT,
+    IMAGE_OPTS,
 )
 USAGE = (
-    "[-c] [-f FMT] [-O FMT] [-o OPTS] [-B BACKING -F FMT] [-l SNAPSHOT] [-m N] [-n] [-S SIZE] "
-    "[-t MODE] [-T MODE] [-p] [-q] [-U] FILE [FILE2 ...] TARGET"
+    "[--object OBJECT] [--image-opts] [--target-image-opts] [--target-is-zero] "
+    "[--bitmaps [--skip-broken-bitmaps]] [--salvage] [-U] [-C] [-c] [--level N] [-p] [-q] [-n] "
+    "[-f FMT] [-t MODE] [-T MODE] [-O FMT] [-B BACKING [-F FMT]] [-o OPTS] [-l SNAPSHOT] "
+    "[-S SIZE] [-r RATE] [-m N] [-W] FILE [FILE2 ...] TARGET"
 )
+MAX_SPARSE = 16 << 20
+MAX_WORKERS = 16
 
 
 def main(argv: list[str]) -> int:
     parsed = parse("convert", USAGE, OPTIONS, argv)
-    target_format = parsed.value("output-format", "raw") or ""
     lists = join_option_lists(parsed.values("options"))
+    numbers = _numbers(parsed)
+    snapshot = parsed.value("snapshot")
+    wanted = None if snapshot is None else Wanted(snapshot)
+    _refuse_conflicts(parsed)
+    format = parsed.value("output-format", None if parsed.flag("target-image-opts") else "raw")
     if wants_help(lists):
-        print_option_help(target_format, parsed.args[-1] if parsed.args else None)
+        if format is None:
+            raise CommandError("Option help requires a format be specified")
+        print_option_help(format, parsed.args[-1] if len(parsed.args) > 1 else None)
         return 0
-    threads = parsed.value("parallel")
-    workers = None if threads is None else number(threads, "number of threads", 1, 16, 1)
     if len(parsed.args) < 2:
-        raise UsageError("Must specify image file name")
-    if target_format not in ("qcow2", "raw"):
-        raise ValueError(f"Unknown file format '{target_format}'")
-    no_create = parsed.flag("no-create")
-    if parsed.flag("target-is-zero") and not no_create:
-        raise UsageError("--target-is-zero requires use of -n flag")
-
-    from qcow2x.ops.convert import convert
-
+        raise CommandError("Must specify image file name")
     *sources, target = parsed.args
-    with ProgressBar(parsed.flag("progress") and not parsed.flag("quiet")) as bar:
-        convert(
-            sources if len(sources) > 1 else sources[0],
-            target,
-            src_format=parsed.value("format"),
-            dst_format=target_format,
-            compress=parsed.flag("compress"),
-            level=_level(parsed.value("level")),
-            threads=workers,
-            sparse_size=_sparse_size(parsed.value("sparse-size")),
-            target_exists=no_create,
-            target_is_zero=parsed.flag("target-is-zero"),
-            cache=parsed.value("cache", "writeback") or "",
-            src_cache=parsed.value("src-cache", "writeback") or "",
-            references="follow",
-            snapshot=parsed.value("snapshot"),
-            lock=not parsed.flag("force-share"),
-            progress=bar,
-            **_target_options(parsed, target_format, lists, target),
-        )
+    _check_cache_modes(parsed)
+    secrets = read_objects(parsed.values("object"))
+    quiet = parsed.flag("quiet")
+    with ExitStack() as stack:
+        bar = stack.enter_context(ProgressBar(parsed.flag("progress") and not quiet))
+        disks = [
+            stack.enter_context(
+                open_disk(
+                    name,
+                    parsed.value("format"),
+                    image_opts=parsed.flag("image-opts"),
+                    secrets=secrets,
+                    cache=parsed.value("src-cache", "writeback"),
+                    force_share=parsed.flag("force-share"),
+                )
+            )
+            for name in sources
+        ]
+        if wanted is not None:
+            if len(disks) > 1 and wanted.key is not None:
+                raise CommandError("No support for concatenating multiple snapshot")
+            disks[0] = stack.enter_context(wanted.open(disks[0]))
+        options = _target_options(parsed, format, lists, target, secrets, len(disks))
+        destination: Any = target.removeprefix("file:")
+        if parsed.flag("no-create"):
+            destination = stack.enter_context(
+                open_disk(
+                    target,
+                    format,
+                    image_opts=parsed.flag("target-image-opts"),
+                    secrets=secrets,
+                    cache=parsed.value("cache", "writeback"),
+                    writable=True,
+                    discard=numbers["sparse_size"] > 0,
+                )
+            )
+            if destination.size < sum(disk.size for disk in disks):
+                raise CommandError("output file is smaller than input file")
+        result = _convert(parsed, disks, destination, target, format, options | numbers, bar)
+        bar.finish()
+    for name in result.skipped_bitmaps:
+        warn(f"Skipping inconsistent bitmap '{name}'")
     return 0
 
 
-def _target_options(parsed: Any, format: str, lists: str, target: str) -> dict[str, Any]:
-    given = FormatOptions(create_descriptions(format))
-    given.parse(lists)
-    names = set(given.given())
-    for unsupported in ("data_file", "data_file_raw"):
-        if unsupported in names:
-            raise ValueError(f"{target}: '{unsupported}' cannot be used for a target of convert")
-    arguments = qcow2_arguments(given, {}) if format == "qcow2" else {}
-    wanted = {"backing_format" if name == "backing_fmt" else name for name in names}
-    options = {name: value for name, value in arguments.items() if name in wanted}
-    if format == "raw" and "preallocation" in names:
-        options["preallocation"] = given.text("preallocation")
-    if "size" in names:
-        options["size"] = given.number("size")
-    backing = parsed.value("backing") or parsed.value("target-backing")
-    if backing is not None:
-        options["backing_file"] = backing
-    if parsed.value("backing-format") is not None:
-        options["backing_format"] = parsed.value("backing-format")
-    return options
+def _convert(
+    parsed: Parsed,
+    disks: list[Any],
+    destination: Any,
+    target: str,
+    format: str | None,
+    options: dict[str, Any],
+    bar: ProgressBar,
+) -> ConvertResult:
+    from qcow2x.ops.convert import BrokenBitmap, convert
+
+    bitmaps = "none"
+    if parsed.flag("bitmaps"):
+        bitmaps = "usable" if parsed.flag("skip-broken-bitmaps") else "all"
+    level = parsed.value("level")
+    try:
+        with told_as(f"{target}: error while converting {format}: "):
+            return convert(
+                disks if len(disks) > 1 else disks[0],
+                destination,
+                dst_format=format or "raw",
+                compress=parsed.flag("compress"),
+                level=None if level is None else number(level, "compression level", 1, 22, 1),
+                target_exists=parsed.flag("no-create"),
+                target_is_zero=parsed.flag("target-is-zero"),
+                bitmaps=bitmaps,
+                salvage=parsed.flag("salvage"),
+                on_damage=None if parsed.flag("quiet") else _tell_damage,
+                copy_offload=parsed.flag("copy-offload"),
+                cache=parsed.value("cache", "writeback") or "",
+                references="follow",
+                progress=bar,
+                **options,
+            )
+    except BrokenBitmap as exc:
+        raise CommandError(
+            f"Cannot copy inconsistent bitmap '{exc.bitmap}'",
+            hint="Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it",
+        ) from exc
 
 
-def _level(text: str | None) -> int | None:
-    return None if text is None else number(text, "compression level", 1, 22, 1)
+def _tell_damage(damage: Damage) -> None:
+    what = "block status at " if damage.what == "status" else ""
+    warn(f"error while reading {what}offset {damage.offset}: {why(damage.error)}")
 
 
-def _sparse_size(text: str | None) -> int:
-    if text is None:
-        return 4096
-    value = parse_size(text)
-    if value is None or value % 512 or not 0 <= value <= 16 << 20:
-        raise UsageError(
-            f"Invalid buffer size for sparse output specified: '{text}'. Valid sizes are multiples "
-            "of 512 up to 16777216. Select 0 to disable sparse detection (fully allocates output)."
+# ---- Options -------------------------------------------------------------------------------------
+
+
+def _numbers(parsed: Parsed) -> dict[str, Any]:
+    """The options with a number in them, under the names of the library."""
+    sparse = image_size(parsed.value("sparse-size") or "4k", "buffer size for sparse output")
+    if sparse % 512 or sparse > MAX_SPARSE:
+        raise CommandError(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up "
+            f"to {MAX_SPARSE}. Select 0 to disable sparse detection (fully allocates output)."
         )
-    return value
+    threads = parsed.value("parallel")
+    workers = None
+    if threads is not None:
+        try:
+            workers = int(threads, 0)
+        except ValueError:
+            workers = 0
+        if not 1 <= workers <= MAX_WORKERS:
+            raise CommandError(
+                "Invalid number of coroutines. Allowed number of coroutines is between 1 and "
+                f"{MAX_WORKERS}"
+            )
+    rate = image_size(parsed.value("rate-limit") or "0", "rate limit")
+    return {"sparse_size": sparse, "threads": workers, "rate_limit": rate or None}
+
+
+def _refuse_conflicts(parsed: Parsed) -> None:
+    given = parsed.flag
+    for wrong, message in (
+        (
+            given("skip-broken-bitmaps") and not given("bitmaps"),
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (
+            given("compress") and given("copy-offload"),
+            "Cannot enable copy offloading when -c is used",
+        ),
+        (
+            given("sparse-size") and given("copy-offload"),
+            "Cannot enable copy offloading when -S is used",
+        ),
+        (
+            given("copy-offload") and given("salvage"),
+            "Cannot use copy offloading in salvaging mode",
+        ),
+        (
+            given("target-image-opts") and not given("no-create"),
+            "--target-image-opts requires use of -n flag",
+        ),
+        (given("no-create") and given("options"), "-o has no effect when skipping image creation"),
+        (
+            given("target-is-zero") and not given("no-create"),
+            "--target-is-zero requires use of -n flag",
+        ),
+    ):
+        if wrong:
+            raise CommandError(message)
+
+
+def _check_cache_modes(parsed: Parsed) -> None:
+    from qcow2x.drivers.opening import CACHE_FLAGS
+
+    for key, what in (("src-cache", "source cache"), ("cache", "cache")):
+        mode = parsed.value(key, "writeback")
+        if mode not in CACHE_FLAGS:
+            raise CommandError(f"Invalid {what} option: {mode}")
+
+
+def _target_options(
+    parsed: Parsed,
+    format: str | None,
+    lists: str,
+    target: str,
+    secrets: dict[str, bytes],
+    n_sources: int,
+) -> dict[str, Any]:
+    """How the target is to be made, under the names of the library."""
+    backing = parsed.value("target-backing", parsed.value("backing"))
+    given = None
+    if not parsed.flag("no-create"):
+        given = FormatOptions(descriptions_for(format or "", target))
+        given.parse(lists)
+        for name, value, what in (
+            ("backing_file", backing, "Backing file"),
+            ("backing_fmt", parsed.value("backing-format"), "Backing file format"),
+        ):
+            if value is not None:
+                if not given.knows(name):
+                    raise CommandError(f"{what} not supported for file format '{format}'")
+                given.set(name, value)
+        backing = given.text("backing_file")
+    if backing is not None and parsed.flag("target-is-zero"):
+        raise CommandError(
+            "Cannot use --target-is-zero when the destination image has a backing file"
+        )
+    if backing is not None and n_sources > 1:
+        raise CommandError(
+            "Having a backing file for the target makes no sense when concatenating multiple "
+            "input images"
+        )
+    if given is None:
+        return {"backing_file": backing}
+    if backing is not None and given.text("backing_fmt") is None:
+        raise CommandError("Use of backing file requires explicit backing format")
+    _refuse_compression(parsed, format, given)
+    return _creation(format, given, secrets)
+
+
+def _refuse_compression(parsed: Parsed, format: str | None, given: FormatOptions) -> None:
+    if not parsed.flag("compress"):
+        return
+    if format != "qcow2":
+        raise CommandError("Compression not supported for this file format")
+    if given.flag("encryption") or given.text("encrypt.format") is not None:
+        raise CommandError("Compression and encryption not supported at the same time")
+    if given.text("preallocation") not in (None, "off"):
+        raise CommandError("Compression and preallocation not supported at the same time")
+
+
+def _creation(
+    format: str | None, given: FormatOptions, secrets: dict[str, bytes]
+) -> dict[str, Any]:
+    from qcow2x.cli.create import encryption_of
+
+    options: dict[str, Any] = {
+        "nocow": given.flag("nocow"),
+        "extent_size_hint": given.number("extent_size_hint") or 0,
+    }
+    if "size" in given.given():
+        options["size"] = given.number("size")
+    if format == "qcow2":
+        return options | qcow2_arguments(given, secrets)
+    options["preallocation"] = given.text("preallocation") or "off"
+    if format == "luks":
+        options["encryption"] = encryption_of("luks", given, "", secrets)
+    return options

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 def print_option_help(format: str, path: str | None) -> None:
     """What ``-o`` takes; with a file name also what the protocol of that takes."""
-    known = _descriptions(format, path)
+    known = descriptions_for(format, path)
     print("Supported options:" if path is not None else f"Supported {format} options:")
     print("\n".join(help_lines(known)))
     if path is None:
@@ -85,7 +85,8 @@ def print_option_help(format: str, path: str | None) -> None:
         print("Specify the target filename to include those options.")
 
 
-def _descriptions(format: str, path: str | None) -> list[Description]:
+def descriptions_for(format: str, path: str | None) -> list[Description]:
+    """What a new image of *format* takes, at *path* if one is given. Raises CommandError."""
     known = create_descriptions(format, None)
     if not known:
         if format in READ_ONLY_FORMATS:
@@ -112,7 +113,7 @@ def _read(
     backing: str | None,
     backing_format: str | None,
 ) -> FormatOptions:
-    options = FormatOptions(_descriptions(format, path))
+    options = FormatOptions(descriptions_for(format, path))
     options.parse(lists)
     if options.number("size") is not None:
         if size is not None:
@@ -190,7 +191,7 @@ def create_image(path: str, format: str, options: FormatOptions, secrets: dict[s
             newfile.create_luks(
                 target,
                 size,
-                _encryption("luks", options, "", secrets),
+                encryption_of("luks", options, "", secrets),
                 preallocation=mode,
                 detached_header=options.flag("detached-header"),
                 **hints,
@@ -229,13 +230,16 @@ def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[s
             )
         format = "aes" if options.flag("encryption") else None
     if format is not None:
-        arguments["encryption"] = _encryption(format, options, "encrypt.", secrets)
+        arguments["encryption"] = encryption_of(format, options, "encrypt.", secrets)
     elif any(name.startswith("encrypt.") for name in options.given()):
         raise CommandError("Parameter 'encrypt.format' is missing")
     return arguments
 
 
-def _encryption(format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]) -> Any:
+def encryption_of(
+    format: str, options: FormatOptions, prefix: str, secrets: dict[str, bytes]
+) -> Any:
+    """How the new image is to be encrypted; its options begin with *prefix*."""
     from qcow2x.encryption import Encryption
 
     if format == "qcow":

@@ -302,6 +302,12 @@ def _backing_words(info: dict[str, Any]) -> str:
     return name if name == full else f"{name} (actual path: {full})"
 
 
+def specific_lines(node: Node) -> list[str]:
+    """What only the node's driver knows of it, a line each; empty where there is nothing."""
+    found = describe(node).get("format-specific")
+    return [] if found is None else _human_members(found["data"], "    ")
+
+
 def _human_members(members: dict[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in members.items():

@@ -21,8 +21,10 @@ IMG_COMMANDS = {
     "compare": "compare what two disks read as",
     "convert": "copy a disk into a new image",
     "create": "make a new image",
+    "dd": "copy a part of a disk, counted in blocks",
     "info": "tell what an image says of itself",
     "map": "list which parts of a disk are stored, and where",
+    "measure": "tell how large a file a new image needs",
     "resize": "grow or shrink a disk",
     "snapshot": "list, make, apply and delete internal snapshots",
 }

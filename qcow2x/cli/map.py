@@ -1,11 +1,15 @@
-"""``qcow2x map``: which parts of a disk are stored, in which file of the chain, and where."""
+"""``map``: which parts of a disk are stored, in which file of the chain, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import open_disk
 from qcow2x.cli.options import (
     FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
     OUTPUT,
     SHARE,
     Option,
@@ -14,6 +18,8 @@ from qcow2x.cli.options import (
     output_format,
     parse,
 )
+from qcow2x.cli.report import CommandError
+from qcow2x.errors import Qcow2Error
 from qcow2x.types import Extent
 
 OPTIONS = (
@@ -22,31 +28,44 @@ OPTIONS = (
     Option("l", "max-length", "LENGTH", "stop after this many bytes"),
     OUTPUT,
     SHARE,
+    OBJECT,
+    IMAGE_OPTS,
 )
-USAGE = "[-f FMT] [-s OFFSET] [-l LENGTH] [--output=human|json] [-U] FILE"
+USAGE = (
+    "[--object OBJECT] [--image-opts] [-f FMT] [-s OFFSET] [-l LENGTH] [--output=human|json] "
+    "[-U] FILE"
+)
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.ops.disk import extents_of, open_disk
+    from qcow2x.cli.copying import why
+    from qcow2x.ops.disk import extents_of
 
     parsed = parse("map", USAGE, OPTIONS, argv)
-    style = output_format(parsed)
-    path = one_file(parsed)
     start = image_size(parsed.value("start-offset") or "0", "start offset")
     length = parsed.value("max-length")
     limit = None if length is None else image_size(length, "max length")
-    lock = not parsed.flag("force-share")
-    disk, _ = open_disk(path, parsed.value("format"), references="follow", lock=lock)
-    try:
-        if start > disk.size:
-            limit = 0
-        runs = merge(extents_of(disk, start, limit)) if limit != 0 else iter(())
-        if style == "json":
-            _print_json(runs, start)
-        else:
-            _print_human(runs)
-    finally:
-        disk.close()
+    secrets = read_objects(parsed.values("object"))
+    path = one_file(parsed)
+    style = output_format(parsed)
+    with open_disk(
+        path,
+        parsed.value("format"),
+        image_opts=parsed.flag("image-opts"),
+        secrets=secrets,
+        force_share=parsed.flag("force-share"),
+    ) as disk:
+        end = disk.size if limit is None else min(disk.size, start + limit)
+        runs = merge(extents_of(disk, start, end - start)) if start < end else iter(())
+        try:
+            if style == "json":
+                _print_json(runs, start)
+            else:
+                _print_human(runs)
+        except (OSError, Qcow2Error) as exc:
+            if isinstance(exc, BrokenPipeError):
+                raise
+            raise CommandError(f"Could not read file metadata: {why(exc)}") from exc
     return 0
 
 
@@ -102,7 +121,7 @@ def _print_human(runs: Iterator[Extent]) -> None:
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for run in runs:
         if run.data and run.host_offset is None:
-            raise ValueError("File contains external, encrypted or compressed clusters.")
+            raise CommandError("File contains external, encrypted or compressed clusters.")
         if run.data and not run.zero:
             place = run.host_offset or 0
             print(f"{_hex(run.offset):<16}{_hex(run.length):<16}{_hex(place):<16}{run.filename}")

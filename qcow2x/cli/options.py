@@ -95,7 +95,7 @@ def _help(command: str, usage: str, options: Sequence[Option]) -> str:
     return "\n".join([f"usage: {program()} {command} {usage}", "", "options:", *rows])
 
 
-def image_size(text: str, what: str = "image size") -> int:
+def image_size(text: str, what: str = "image size", low: int = 0, high: int = MAX_SIZE) -> int:
     """A size in bytes from the command line; raises CommandError in qemu-img's words."""
     value = parse_size(text)
     if value is None:
@@ -104,8 +104,8 @@ def image_size(text: str, what: str = "image size") -> int:
             f"Invalid {what} specified. You may use k, M, G, T, P or E suffixes for",
             hint=f"{program()}: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
         )
-    if not 0 <= value <= MAX_SIZE:
-        raise CommandError(f"Invalid {what} specified. Must be between 0 and {MAX_SIZE}.")
+    if not low <= value <= high:
+        raise CommandError(f"Invalid {what} specified. Must be between {low} and {high}.")
     return value
 
 

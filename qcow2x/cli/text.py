@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,26 +57,48 @@ def _escape(match: re.Match[str]) -> str:
 class ProgressBar:
     """``    (12.34/100%)`` on one line of standard output, redrawn when it moved by a percent.
 
-    An instance is a ``progress`` callable. With ``shown=False`` it does nothing.
+    An instance is a ``progress`` callable. With ``shown=False`` it prints that on standard error
+    whenever the process gets SIGUSR1, and nothing else.
     """
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
         self._last = -1.0
+        self._asked = False
+        self._before: Any = None
 
     def __call__(self, done: int, total: int, phase: str) -> None:
-        self.show(100.0 * done / total if total else 100.0)
+        self.show(100.0 * done / total if total else 0.0)
 
     def show(self, percent: float) -> None:
+        if self._asked:
+            self._asked = False
+            print(f"    ({percent:.2f}/100%)", file=sys.stderr, flush=True)
         if self._shown and (percent - self._last >= 1 or percent == 100.0 != self._last):
             self._last = percent
             print(f"    ({percent:.2f}/100%)\r", end="", flush=True)
 
+    def finish(self) -> None:
+        """Tells the end, also where the operation itself came to 100 percent before."""
+        self._last = -1.0
+        self.show(100.0)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+
     def __enter__(self) -> ProgressBar:
+        if not self._shown:
+            try:
+                self._before = signal.signal(signal.SIGUSR1, self._ask)
+            except ValueError:
+                # Not in the main thread: whoever runs this there has other ways to know.
+                pass
         self.show(0.0)
         return self
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
         if self._shown:
             if kind is None:
                 self.show(100.0)

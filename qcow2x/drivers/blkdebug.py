@@ -5,7 +5,6 @@ It hears where the image above it is (``at_site``) and knows the events of QEMU 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 from qcow2x.drivers import options as opts
@@ -95,7 +94,6 @@ class BlkdebugNode(FilterNode):
         filename = opts.take_text(options, "x-image")
         self.graph.open_child(self, "image", options, filename)
         self._take_limits(options)
-        self._writing = threading.RLock()
         self.storage = PyStorage(_Listening(self), self.writable)
         self.rules.event("none")
 
@@ -119,6 +117,9 @@ class BlkdebugNode(FilterNode):
     @property
     def debug(self) -> Rules:
         return self.rules
+
+    def at_event(self, event: str) -> None:
+        self.rules.event(event)
 
     def own_filename(self) -> str | None:
         image = self.children["image"].exact_filename
@@ -159,7 +160,7 @@ class BlkdebugNode(FilterNode):
             return
         start = offset - offset % self._align
         end = -(-(offset + len(view)) // self._align) * self._align
-        with self._writing:
+        with self.writing:
             if (start, end) == (offset, offset + len(view)):
                 self._write_aligned(view, offset, fua)
                 return

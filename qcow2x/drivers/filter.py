@@ -19,6 +19,10 @@ class FilterNode(Node):
         return self.children[self.primary]
 
     @property
+    def cluster_granularity(self) -> int:
+        return self.below.cluster_granularity
+
+    @property
     def backing_chain(self) -> list[Any]:
         return self.below.backing_chain
 

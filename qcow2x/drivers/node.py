@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -77,6 +79,8 @@ class Node:
         self.implicit_backing = False
         #: The backing file's name as the image has it; as its node is called, once that is open.
         self.auto_backing = ""
+        #: Held by who reads something to write it back changed, and by writers he must not undo.
+        self.writing = threading.RLock()
         self._opened_as = filename
         self._closed = False
 
@@ -217,7 +221,28 @@ class Node:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
         return child.debug
 
+    def debug_breakpoint(self, event: str, tag: str) -> None:
+        """Holds back the next request that comes to an event; see :attr:`debug`."""
+        self.debug.suspend_at(event, tag)
+
+    def debug_remove_breakpoint(self, tag: str) -> None:
+        self.debug.remove_breakpoint(tag)
+
+    def debug_resume(self, tag: str) -> None:
+        self.debug.resume(tag)
+
+    def debug_is_suspended(self, tag: str) -> bool:
+        return self.debug.is_suspended(tag)
+
+    def at_event(self, event: str) -> None:
+        """Something happens to this node that its rules may be about, where it has any."""
+
     # ---- The disk ----
+
+    @property
+    def cluster_granularity(self) -> int:
+        """The unit in which the top layer holds data, in bytes; 1 where there is none."""
+        return 1
 
     @property
     def size(self) -> int:
@@ -243,7 +268,12 @@ class Node:
         """Fills ``buffer`` with the bytes from ``offset``; returns how many."""
         with memoryview(buffer).cast("B") as view:
             count = max(0, min(len(view), self.size - offset))
-            if count:
+            if count and self.copy_on_read:
+                from qcow2x.drivers.copy_on_read import read_and_copy
+
+                with self.writing:
+                    read_and_copy(self, view[:count], offset)
+            elif count:
                 self._read(view[:count], offset)
             return count
 
@@ -251,10 +281,12 @@ class Node:
         """Writes all of ``data``; returns its length. ``fua``: durable at return."""
         with memoryview(data).cast("B") as view:
             self._check_write(offset, len(view))
-            if self.detect_zeroes != "off" and len(view) and _is_zero(view):
-                self._zero(offset, len(view), self.detect_zeroes == "unmap" and self.unmap, fua)
-            elif len(view):
-                self._write(view, offset, fua)
+            with self._beside_copies():
+                if self.detect_zeroes != "off" and len(view) and _is_zero(view):
+                    unmap = self.detect_zeroes == "unmap" and self.unmap
+                    self._zero(offset, len(view), unmap, fua)
+                elif len(view):
+                    self._write(view, offset, fua)
             return len(view)
 
     def write_zeroes(
@@ -264,13 +296,15 @@ class Node:
         opened with ``discard`` on."""
         self._check_write(offset, length)
         if length:
-            self._zero(offset, length, unmap and self.unmap, fua)
+            with self._beside_copies():
+                self._zero(offset, length, unmap and self.unmap, fua)
 
     def discard(self, offset: int, length: int) -> None:
         """Says that a range is not needed any more; nothing happens with ``discard`` off."""
         self._check_write(offset, length)
         if length and self.unmap:
-            self._discard(offset, length)
+            with self._beside_copies():
+                self._discard(offset, length)
 
     def flush(self) -> None:
         """Everything written before is durable afterwards (nothing is done in mode unsafe)."""
@@ -345,6 +379,10 @@ class Node:
 
     def _close(self) -> None:
         """Lets go of what the driver itself opened, not of children."""
+
+    def _beside_copies(self) -> AbstractContextManager[object]:
+        """Keeps writes out of a copy-on-read that would undo them."""
+        return self.writing if self.copy_on_read else nullcontext()
 
     def _check_write(self, offset: int, length: int) -> None:
         if not self.writable:

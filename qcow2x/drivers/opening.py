@@ -93,6 +93,9 @@ def open_node(
     }
     graph = Graph(secrets or {}, io=io, backing=backing, durable=durable)
     node = graph.open(filename, given, defaults, probing=True)
+    if copy_on_read and not node.writable:
+        node.close()
+        raise OptionError("Can't use copy-on-read on read-only device")
     node.copy_on_read = copy_on_read
     return node
 

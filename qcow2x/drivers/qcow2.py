@@ -82,6 +82,10 @@ class Qcow2Node(Node):
     def cluster_size(self) -> int:
         return self.header.cluster_size
 
+    @property
+    def cluster_granularity(self) -> int:
+        return self.header.cluster_size // (32 if self.header.extended_l2 else 1)
+
     def _size(self) -> int:
         return self.header.size if self.image is None else self.image.size
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,7 @@ from qcow2x.drivers import options as opts
 from qcow2x.drivers.errors import OptionError
 from qcow2x.drivers.node import SECTOR, Node
 from qcow2x.drivers.options import Options
+from qcow2x.drivers.probe import PROBE_BYTES, probe_bytes
 from qcow2x.storage import PyStorage, Storage
 from qcow2x.types import Extent
 
@@ -40,6 +43,19 @@ class RawNode(Node):
             raise OptionError(f"Specified size is not multiple of {SECTOR}")
         window = _Window(file.storage, offset, size)
         self.storage = PyStorage(window, self.writable)
+
+    def _write(self, view: memoryview, offset: int, fua: bool) -> None:
+        if self.probed and offset < PROBE_BYTES:
+            self._refuse_another_format(view, offset)
+        super()._write(view, offset, fua)
+
+    def _refuse_another_format(self, view: memoryview, offset: int) -> None:
+        """A format that was guessed must be guessed again next time: else a guest could have its
+        disk opened as an image that names any file of the host."""
+        head = bytearray(self.pread(PROBE_BYTES, 0))
+        head[offset : offset + len(view)] = view[: PROBE_BYTES - offset]
+        if probe_bytes(bytes(head)) != "raw":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.filename)
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
         file = self.children["file"]

@@ -16,8 +16,11 @@ from qcow2x.drivers.node import Node
 #: Driver name -> the module of this package and the class in it.
 DRIVERS = {
     "blkdebug": ("blkdebug", "BlkdebugNode"),
+    "compress": ("compress", "CompressNode"),
+    "copy-on-read": ("copy_on_read", "CopyOnReadNode"),
     "file": ("file", "FileNode"),
     "host_device": ("file", "HostDeviceNode"),
+    "luks": ("luks", "LuksNode"),
     "null-co": ("null", "NullNode"),
     "qcow2": ("qcow2", "Qcow2Node"),
     "raw": ("raw", "RawNode"),

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from qcow2x.errors import Cancelled
+from qcow2x.errors import Cancelled, Qcow2Error
+from qcow2x.ops.copyjob import locate
 from qcow2x.ops.disk import SECTOR, extents_of, open_disk, read_padded
 from qcow2x.ops.pipeline import Pipeline, usable_cpus
 from qcow2x.types import Extent, Progress
 
-#: Bytes of each disk in one task.
-TASK_BYTES = 1 << 20
+#: Bytes of each disk in one task: what is read at once, and blamed as a whole if that fails.
+TASK_BYTES = 2 << 20
 
 #: What a stretch of a disk is like: (data, zero, allocated).
 State = tuple[bool, bool, bool]
@@ -64,6 +65,9 @@ def compare(
     reads as zeros; with *strict* the sizes have to be equal, and both disks have to tell data,
     zeros and unallocated ranges apart in the same way. Stops at the first difference. Parts that
     the metadata of both calls zero are not read. Returning False from *progress* raises Cancelled.
+
+    What reading raises has the attributes ``doing`` (``"reading"`` or ``"reading block status"``),
+    ``guest_offset`` and ``disk`` (0 or 1).
     """
     with ExitStack() as stack:
         disks = []
@@ -110,7 +114,8 @@ class _Job:
 
     def tasks(self) -> Iterator[tuple[int, int, bool, bool, str | None]]:
         """``(offset, length, first is zero, second is zero, difference known already)``."""
-        for low, high, one, two in overlay(self.states(self.first), self.states(self.second)):
+        left, right = self.states(self.first, 0), self.states(self.second, 1)
+        for low, high, one, two in overlay(left, right):
             if self.strict and one != two:
                 yield low, high - low, one[1], two[1], "allocation"
             if one[1] and two[1]:
@@ -119,12 +124,16 @@ class _Job:
             for at in range(low, high, TASK_BYTES):
                 yield at, min(TASK_BYTES, high - at), one[1], two[1], None
 
-    def states(self, disk: Any) -> Iterator[tuple[int, int, State]]:
+    def states(self, disk: Any, number: int) -> Iterator[tuple[int, int, State]]:
         """``(start, end, state)`` over the longer disk's whole size."""
         end = 0
-        for extent in extents_of(disk):
-            end = extent.offset + extent.length
-            yield extent.offset, end, _state(extent)
+        try:
+            for extent in extents_of(disk):
+                end = extent.offset + extent.length
+                yield extent.offset, end, _state(extent)
+        except (OSError, Qcow2Error) as exc:
+            locate(exc, "reading block status", end, number)
+            raise
         if end < self.size:
             yield end, self.size, PAST_END
 
@@ -137,10 +146,17 @@ class _Job:
         at = None
         if not (first_zero and second_zero):
             one, two = slot[0][:length], slot[1][:length]
-            if not first_zero:
-                read_padded(self.first, one, offset)
-            if not second_zero:
-                read_padded(self.second, two, offset)
+            try:
+                number = 0
+                if not first_zero:
+                    read_padded(self.first, one, offset)
+                number = 1
+                if not second_zero:
+                    read_padded(self.second, two, offset)
+            except (OSError, Qcow2Error) as exc:
+                # Raised in the order of the disk: a difference in front of it comes first.
+                locate(exc, "reading", offset, number)
+                return exc, offset, 0
             if first_zero or second_zero:
                 at = self.bulk.first_nonzero(two if first_zero else one)
             else:
@@ -149,6 +165,8 @@ class _Job:
 
     def finish(self, result: tuple[Any, ...]) -> None:
         reason, offset, length = result
+        if isinstance(reason, Exception):
+            raise reason
         if offset is not None:
             raise _Found(reason, offset)
         self.done += length

@@ -19,11 +19,20 @@ from qcow2x.types import Progress
 if TYPE_CHECKING:
     from qcow2x.encryption import Encryption
 
-__all__ = ["ConvertResult", "Damage", "convert"]
+__all__ = ["BrokenBitmap", "ConvertResult", "Damage", "convert"]
 
 FORMATS = ("qcow2", "raw")
 #: What copying the bitmaps may do about those that missed writes.
 BITMAPS = ("none", "all", "usable")
+
+
+class BrokenBitmap(CorruptImage):
+    """A persistent bitmap that was to be copied missed writes; ``bitmap`` is its name."""
+
+    def __init__(self, bitmap: str, path: str) -> None:
+        super().__init__(f"{path}: bitmap {bitmap!r} missed writes and cannot be copied")
+        self.bitmap = bitmap
+        self.path = path
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ def convert(
     data_file: str | os.PathLike[str] | None = None,
     data_file_raw: bool = False,
     encryption: Encryption | None = None,
+    nocow: bool = False,
+    extent_size_hint: int = 0,
     size: int | None = None,
     sparse_size: int = 4096,
     target_exists: bool = False,
@@ -106,7 +117,7 @@ def convert(
 
     ==============  ===========================================================================
     bitmaps         ``"all"`` copies the persistent bitmaps of the source as well and raises
-                    CorruptImage if one missed writes; ``"usable"`` leaves those out
+                    BrokenBitmap if one missed writes; ``"usable"`` leaves those out
     salvage         sectors that cannot be read become zeros; *on_damage* is called with a
                     :class:`Damage` for each, in the order of the disk, from any thread
     copy_offload    lets the kernel copy from file to file where it can; no zeros are looked
@@ -120,7 +131,7 @@ def convert(
     what was being done for which byte of the disk.
     """
     _check_options(dst_format, compress, compression_type, preallocation, sparse_size, threads)
-    if backing_file is not None and not backing_format:
+    if backing_file is not None and not backing_format and not target_exists:
         raise ValueError("Use of backing file requires explicit backing format")
     if compress and encryption is not None:
         raise ValueError("Compression and encryption not supported at the same time")
@@ -142,6 +153,8 @@ def convert(
         "data_file": data_file,
         "data_file_raw": data_file_raw,
         "encryption": encryption,
+        "nocow": nocow,
+        "extent_size_hint": extent_size_hint,
     }
     with ExitStack() as stack:
         source = _open_source(
@@ -185,6 +198,7 @@ def convert(
                     inner = "unsafe" if cache == "writeback" else cache
                     target = _create_image(stack, new_file.path, wanted, inner, references, options)
 
+        _check_bitmap_target(bitmap_source, target)
         if wanted < source.size:
             raise ValueError("output file is smaller than input file")
 
@@ -340,10 +354,15 @@ def _bitmap_source(source: Any, wanted: str) -> Any:
     if wanted == "all":
         for name, _, inconsistent in image.bitmaps.layout():
             if inconsistent:
-                exc = CorruptImage(f"Cannot copy inconsistent bitmap '{name}'")
-                exc.path = image.name
-                raise exc
+                raise BrokenBitmap(name, image.name)
     return image
+
+
+def _check_bitmap_target(source: Any, target: Any) -> None:
+    image = image_of(target)
+    if source is not None and (image is None or image.info().compat == "0.10"):
+        format = getattr(target, "driver", None) or ("qcow2" if image is not None else "raw")
+        raise ValueError(f"Format driver '{format}' does not support bitmaps")
 
 
 def _copy_bitmaps(source: Any, target: Any, wanted: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -353,8 +372,6 @@ def _copy_bitmaps(source: Any, target: Any, wanted: str) -> tuple[tuple[str, ...
     if source is None:
         return (), ()
     image = image_of(target)
-    if image is None or image.info().compat == "0.10":
-        raise ValueError("the target's format does not support bitmaps")
     for name, granularity, inconsistent in source.bitmaps.layout():
         if inconsistent:
             skipped.append(name)

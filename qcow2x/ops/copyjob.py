@@ -16,7 +16,7 @@ from qcow2x.types import Extent, Progress
 
 DATA, ZERO, KEEP = "data", "zero", "keep"
 #: What ``process`` adds to those for ``finish``.
-PACKED, OFFLOAD, LOST = "packed", "offload", "lost"
+PACKED, OFFLOAD, LOST, FAILED = "packed", "offload", "lost", "failed"
 
 #: Bytes of guest data in one task: long enough that a task's fixed cost does not show, short
 #: enough that tasks stay in the processor's cache and a cancel is answered at once.
@@ -53,10 +53,10 @@ class _Slot:
         self.packed = memoryview(mmap.mmap(-1, nbytes)) if compress else memoryview(b"")
 
 
-def locate(exc: BaseException, doing: str, offset: int | None = None) -> None:
-    """Notes on an exception what was being done, and for which byte of the disk."""
+def locate(exc: BaseException, doing: str, offset: int | None = None, disk: int = 0) -> None:
+    """Notes on an exception what was being done, and for which byte of which disk."""
     if not hasattr(exc, "doing"):
-        exc.doing, exc.guest_offset = doing, offset  # type: ignore[attr-defined]
+        exc.doing, exc.guest_offset, exc.disk = doing, offset, disk  # type: ignore[attr-defined]
 
 
 def plan_runs(
@@ -152,7 +152,11 @@ class CopyJob:
         self.min_zero = self.grain if compress else min(max(sparse_size, self.grain), TASK_BYTES)
 
         self.counters = threading.Lock()
+        #: Progress is told in bytes that the source's metadata calls data: what takes time.
+        self.total = 0
         self.done = 0
+        self.told = -1
+        self.steps: deque[int] = deque()
         self.data_bytes = 0
         self.zero_bytes = 0
         self.compressed_bytes = 0
@@ -194,21 +198,34 @@ class CopyJob:
             min(threads, n_slots),
             in_order=self.in_order,
         )
+        if self.salvage or self.progress is not None:
+            self._look_ahead()
         self.report(0)
-        if self.salvage:
-            # What is in doubt is told before anything is copied.
-            for _ in self._salvaged_extents():
-                self._tell_damage([], self.size)
         try:
-            pipeline.run(lambda: self.report(self.done))
+            pipeline.run(self._tick)
         finally:
             if self.rate is not None:
                 self.rate.stop()
         self._tell_damage([], self.size)
-        self.report(self.size)
+        if self.told < self.total:
+            self.report(self.total)
+
+    def _look_ahead(self) -> None:
+        """How much there is to copy, and what is in doubt: told before anything is."""
+        for kind, start, end in plan_runs(self.extents(), self.size, self.grain, self.kind_of):
+            if kind == DATA:
+                self.total += end - start
+            self._tell_damage([], self.size)
+        self._tell_damage([], self.size)
+
+    def _tick(self) -> None:
+        while self.steps:
+            self.report(self.steps.popleft())
+        self.report(self.done)
 
     def report(self, done: int) -> None:
-        if self.progress is not None and self.progress(done, self.size, "convert") is False:
+        self.told = done
+        if self.progress is not None and self.progress(done, self.total, "convert") is False:
             if self.rate is not None:
                 self.rate.stop()
             raise Cancelled("conversion cancelled; the target was not made")
@@ -266,12 +283,11 @@ class CopyJob:
         room = self.task_bytes
         for kind, start, end in plan_runs(self.extents(), self.size, self.grain, self.kind_of):
             if kind == KEEP:
-                self.count(end - start)
                 continue
             if kind == ZERO:
                 # What reads as zeros anyway needs no write.
                 stop = min(end, max(start, self.zero_from))
-                self.count(end - stop, zero=end - stop)
+                self.count(zero=end - stop)
                 if task and start < stop:
                     yield task
                     task, room = [], self.task_bytes
@@ -295,8 +311,12 @@ class CopyJob:
 
     # The heavy part: any thread, any order.
 
-    def process(self, task: list[Run], slot: _Slot) -> list[tuple[Any, ...]]:
-        """Read a task, find its zeros, compress it; returns what ``finish`` has to write."""
+    def process(self, task: list[Run], slot: _Slot) -> tuple[int, list[tuple[Any, ...]]]:
+        """Read a task, find its zeros, compress it; returns how many bytes it has of what progress
+        counts, and what ``finish`` has to write."""
+        return sum(run[2] for run in task if run[0] == DATA), self._writes_for(task, slot)
+
+    def _writes_for(self, task: list[Run], slot: _Slot) -> list[tuple[Any, ...]]:
         writes: list[tuple[Any, ...]] = []
         at = used = 0
         for kind, offset, length in task:
@@ -309,7 +329,12 @@ class CopyJob:
             padded = -(-length // self.grain) * self.grain
             view = slot.raw[at : at + padded]
             at += padded
-            self.read(view[:length], offset, writes)
+            try:
+                self.read(view[:length], offset, writes)
+            except (OSError, Qcow2Error) as exc:
+                # Raised in its turn, so that the first one of the disk is the one that is told.
+                locate(exc, "reading", offset)
+                return [*writes, (FAILED, offset, exc)]
             if padded > length:
                 self.bulk.fill_zero(view[length:])
             for start, run in self.data_runs(view[:length], offset, writes):
@@ -330,9 +355,8 @@ class CopyJob:
     def read(self, view: memoryview, offset: int, writes: list[tuple[Any, ...]]) -> None:
         try:
             read_padded(self.source, view, offset)
-        except (OSError, Qcow2Error) as exc:
+        except (OSError, Qcow2Error):
             if not self.salvage:
-                locate(exc, "reading", offset)
                 raise
             for at in range(0, len(view), SECTOR):
                 self._read_sector(view[at : at + SECTOR], offset + at, writes)
@@ -372,15 +396,17 @@ class CopyJob:
 
     # The writes: in task order for an image.
 
-    def finish(self, writes: list[tuple[Any, ...]]) -> None:
-        done = data = zero = packed_bytes = 0
+    def finish(self, result: tuple[int, list[tuple[Any, ...]]]) -> None:
+        done, writes = result
+        data = zero = packed_bytes = 0
         lost: list[Damage] = []
         for kind, offset, what, *packed in writes:
+            if kind == FAILED:
+                raise what
             if kind == LOST:
                 lost.append(what)
                 continue
             nbytes = what if kind in (ZERO, OFFLOAD) else len(what)
-            done += nbytes
             try:
                 self.write(kind, offset, what, packed)
             except (OSError, Qcow2Error) as exc:
@@ -399,10 +425,11 @@ class CopyJob:
     @staticmethod
     def _end_of(writes: list[tuple[Any, ...]]) -> int:
         """The last byte of the disk that these concern."""
-        return max(
-            offset + (what if isinstance(what, int) else SECTOR if kind == LOST else len(what)) - 1
-            for kind, offset, what, *_ in writes
-        )
+        last = 0
+        for kind, offset, what, *_ in writes:
+            nbytes = SECTOR if kind == LOST else what if isinstance(what, int) else len(what)
+            last = max(last, offset + nbytes - 1)
+        return last
 
     def write(self, kind: str, offset: int, what: Any, packed: list[Any]) -> None:
         if kind == OFFLOAD:
@@ -431,9 +458,11 @@ class CopyJob:
             if self.on_damage is not None:
                 self.on_damage(damage)
 
-    def count(self, done: int, *, data: int = 0, zero: int = 0, packed: int = 0) -> None:
+    def count(self, done: int = 0, *, data: int = 0, zero: int = 0, packed: int = 0) -> None:
         with self.counters:
-            self.done += done
+            before, self.done = self.done, self.done + done
+            if self.total and 100 * self.done // self.total > 100 * before // self.total:
+                self.steps.append(self.done)
             self.data_bytes += data
             self.zero_bytes += zero
             self.compressed_bytes += packed
