@@ -95,9 +95,10 @@ def check_storage(
     before = looked.result()
     if repair is None:
         return before
-    if repair == "leaks" and (not before.leaks or looked.refs_uncertain):
+    outdated = header.dirty or header.corrupt or header.has_unknown_autoclear
+    if before.clean and not outdated:
         return before
-    if before.clean and not (repair == "all" and (header.dirty or header.corrupt)):
+    if repair == "leaks" and not before.clean and (not before.leaks or looked.refs_uncertain):
         return before
     plan = _Repair(storage, header, looked, repair, progress)
     try:
@@ -218,7 +219,7 @@ class _Repair:
         looked = Checker(self._view, self._header, self._progress, "verify").check()
         self._flags_left = looked.wrong_flags
         verified = looked.result()
-        if self._scope != "leaks" and not verified.corruptions and not verified.check_errors:
+        if not verified.corruptions and not verified.check_errors:
             self._mender().mark_sound()
         return verified
 
