@@ -50,6 +50,7 @@ def open(
     data_file: Source | bool | None = None,
     overlap_check: str = "cached",
     discard_to_host: bool = True,
+    lazy_refcounts: bool | None = None,
 ) -> Image:
     """Opens a qcow2 image.
 
@@ -79,6 +80,9 @@ def open(
     leads to them: ``none``, ``constant`` (header, L1, refcount and snapshot table), ``cached`` (and L2
     tables, refcount blocks, snapshots' L1 tables) or ``all`` (and snapshots' L2 tables). Such a write
     raises CorruptImage, sets the image's corrupt bit, and nothing is written after it.
+    ``lazy_refcounts`` says whether refcounts may wait for the close, as the image's feature bit of that
+    name asks for (None): the first allocation sets the dirty bit, and a flush then writes the mapping
+    alone. Version 2 has no such bit and keeps them exact.
     ``discard_to_host=False`` keeps freed clusters allocated in the host's file system.
     ``key`` is the passphrase of an encrypted image: bytes, text (as UTF-8), a callable that gets
     the image's name and returns either, or a mapping from names to either. It serves every
@@ -102,6 +106,7 @@ def open(
     opener = _Opener(references, cache, l2_cache_size, lock, snapshot, data_file, key)
     opener.overlap_check = overlap_check
     opener.discard_to_host = discard_to_host
+    opener.lazy_refcounts = lazy_refcounts
     return opener.open(source, mode == "r+", backing)
 
 
@@ -127,6 +132,7 @@ class _Opener:
         self.key = key
         self.overlap_check = "cached"
         self.discard_to_host = True
+        self.lazy_refcounts: bool | None = None
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -209,6 +215,7 @@ class _Opener:
                     writable=writable and not layers,
                     overlap_check=self.overlap_check,
                     discard_to_host=self.discard_to_host,
+                    lazy_refcounts=self._is_lazy(header),
                 )
             assert image is not None
             image._own(mine, self.locks, self.overlap_check == "all")
@@ -219,6 +226,9 @@ class _Opener:
                 lock.release()
             for storage in mine:
                 storage.close()
+
+    def _is_lazy(self, header: Header) -> bool:
+        return header.lazy_refcounts if self.lazy_refcounts is None else self.lazy_refcounts
 
     def _data_storage(
         self, storage: Storage, header: Header, writable: bool, top: bool, mine: list[Storage]
@@ -416,9 +426,8 @@ class Image(CoreImage):
             if mends and self._bitmaps.entries:
                 with _bitmap.frozen(self):
                     _bitmap.store(self)
-            self.flush()
-            # What the last flush set free lowers refcounts in memory; a second one writes them.
-            self.flush()
+            if self.writable:
+                self._settle_refcounts()
             try:
                 return check_storage(
                     self._file,

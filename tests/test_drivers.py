@@ -375,3 +375,33 @@ def test_luks(folder: Path, qemu_img: str) -> None:
     )
     with open_node("a", io=False) as node:
         assert node.driver == "luks" and node.size == 1 << 20
+
+
+def test_an_image_in_an_image(folder: Path) -> None:
+    qcow2x.create("outer", 1 << 22)
+    qcow2x.create("inner", 1 << 20)
+    with open_node("inner", writable=True) as node:
+        node.pwrite(b"x" * 1000, 500)
+    with open_node("outer", writable=True) as node:
+        node.pwrite(Path("inner").read_bytes(), 0)
+    nested = {"driver": "qcow2", "file": {"driver": "qcow2", "file": {"filename": "outer"}}}
+    with open_node(nested, writable=True) as node:
+        assert node.pread(1002, 499) == b"\0" + b"x" * 1000 + b"\0"
+        node.pwrite(b"y" * 70000, 300_000)
+        assert node.pread(2, 369_999) == b"y\0"
+    window = {"driver": "raw", "offset": 0, "size": 1024, "file": nested["file"]}
+    with open_node(window) as node:
+        assert node.pread(4, 0) == b"QFI\xfb" and node.size == 1024
+
+
+def test_options_of_a_node_opened_again(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    with open_node("a") as node:
+        assert node.join_options({"x": 1}, {"y": 2}) == {"x": 1, "y": 2}
+        assert node.join_options(
+            {"overlap-check.template": "all"}, {"overlap-check": "none", "lazy-refcounts": "on"}
+        ) == {"overlap-check.template": "all", "lazy-refcounts": "on"}
+        assert node.join_options(
+            {"refcount-cache-size": 1}, {"cache-size": 2, "l2-cache-size": 1}
+        ) == {"refcount-cache-size": 1, "l2-cache-size": 1}
+        assert node.join_options({"cache-size": 3}, {"l2-cache-size": 1}) == {"cache-size": 3}

@@ -31,6 +31,11 @@ cdef q2_status get_refcount_of(ImageState img, uint64_t cluster, uint64_t *value
 cdef q2_status set_refcount_of(ImageState img, uint64_t cluster, uint64_t value,
                                uint64_t *miss) noexcept nogil
 
+# The sector that holds the refcount of `cluster`, which was just handed out, written now whatever waits
+# for a flush. For tables where refcounts are lazy: who writes without heeding the dirty bit shall not
+# take a table for free room.
+cdef q2_status write_refcount(ImageState img, uint64_t cluster) noexcept nogil
+
 # Gives clusters back that no mapping ever named: refcount 1 -> 0, at once free. Progress is kept
 # in *done over a Q2_MISS.
 cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint64_t *done,

@@ -6,7 +6,7 @@ from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
 from qcow2x._core.errors cimport fail
-from qcow2x._core.metadata cimport MISSING_REFTABLE, missing_refblock
+from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_refblock
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
                                    guard_table_write, guard_write)
 from qcow2x._core.refblock cimport get_refcount, set_refcount
@@ -102,6 +102,14 @@ cdef q2_status no_room(ImageState img, uint64_t cluster) noexcept nogil:
                 b"no free cluster is left in the storage")
 
 
+# With lazy refcounts nothing is handed out before the dirty bit is on disk.
+cdef inline bint wants_dirty_bit(ImageState img, uint64_t *miss) noexcept nogil:
+    if not img.lazy_refcounts or q2_load(&img.lazy_dirty):
+        return False
+    miss[0] = MISSING_DIRTY_BIT
+    return True
+
+
 cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t *first,
                         uint64_t *got, uint64_t *miss) noexcept nogil:
     """The first run of at least `least` free clusters, cut to `want`; nothing is changed but the
@@ -170,8 +178,11 @@ cdef q2_status alloc_clusters(ImageState img, uint64_t want, uint64_t *first, ui
                               bint *fresh, uint64_t *miss) noexcept nogil:
     cdef uint64_t index = 0
     cdef q2_slot *slot
+    cdef q2_status st
+    if wants_dirty_bit(img, miss):
+        return Q2_MISS
     # least == 1 keeps the run inside one slice, so what was found is still cached to be raised.
-    cdef q2_status st = find_run(img, want, 1, first, got, miss)
+    st = find_run(img, want, 1, first, got, miss)
     if st != Q2_OK:
         return st
     st = slice_of(img, first[0], &slot, &index, miss)
@@ -193,9 +204,12 @@ cdef q2_status alloc_clusters(ImageState img, uint64_t want, uint64_t *first, ui
 cdef q2_status alloc_contiguous(ImageState img, uint64_t n, uint64_t *first, bint *fresh,
                                 uint64_t *miss) noexcept nogil:
     cdef uint64_t got, i
-    cdef q2_status st = find_run(img, n, n, first, &got, miss)
     cdef q2_slot *slot
     cdef uint64_t index = 0
+    cdef q2_status st
+    if wants_dirty_bit(img, miss):
+        return Q2_MISS
+    st = find_run(img, n, n, first, &got, miss)
     if st != Q2_OK:
         return st
     st = guard_write(img, first[0] << img.geo.cluster_bits, n << img.geo.cluster_bits)
@@ -289,6 +303,18 @@ cdef q2_status set_refcount_of(ImageState img, uint64_t cluster, uint64_t value,
     if value == 0 and cluster < img.free_hint:
         img.free_hint = cluster
     return Q2_OK
+
+
+cdef q2_status write_refcount(ImageState img, uint64_t cluster) noexcept nogil:
+    cdef q2_slot *slot
+    cdef uint64_t index = 0, miss = 0, at
+    cdef q2_status st = slice_of(img, cluster, &slot, &index, &miss)
+    if st != Q2_OK or slot is NULL:
+        return Q2_OK if st == Q2_MISS else st
+    at = ((index << img.geo.refcount_order) >> 3) & ~<uint64_t>511
+    img.count.metadata_writes += 1
+    return poison_unless_full(img, img.file.write_at(
+        Q2_SITE_REFBLOCK_UPDATE, slot.data + at, 512, slot.key + at, WRITE_DEFERRED))
 
 
 cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint64_t *done,

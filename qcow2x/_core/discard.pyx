@@ -201,9 +201,11 @@ cdef inline bint holds_data(const q2_geometry *g, q2_l2e e, uint32_t first,
 
 
 cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t end,
-                                   bint also_data, bint *handled) noexcept nogil:
-    """Whole subclusters of one guest cluster, by their bits or the entry's zero flag. A compressed
-    cluster, one that is shared, and unless `also_data` what holds data, are left to write_zeros."""
+                                   uint64_t asked_off, uint64_t asked_end, bint also_data,
+                                   bint *handled) noexcept nogil:
+    """Whole subclusters of one guest cluster, by their bits or the entry's zero flag, where zeros
+    were asked for in [asked_off, asked_end) of it. A compressed cluster, one that is shared, and
+    unless `also_data` what holds data, are left to write_zeros."""
     cdef uint64_t guest_cl = guest_off >> img.geo.cluster_bits
     cdef uint64_t start = guest_cl << img.geo.cluster_bits
     cdef uint32_t first = <uint32_t>((guest_off - start) >> img.geo.subcluster_bits)
@@ -250,7 +252,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
             st = load_slice(img, miss)
         else:
             break
-    note_change(img, guest_off, end - guest_off)
+    note_change(img, asked_off, asked_end - asked_off)
     leave_write(img, parity)
     return st
 
@@ -274,7 +276,7 @@ cdef q2_status zero_part(ImageState img, uint64_t guest_off, uint64_t end) noexc
             st = reads_as_zero(img, end, stop - end, &zero)
         if st == Q2_OK and zero:
             # A write to the rest since then is seen: it left data, or is still under way.
-            st = zero_subclusters_of(img, start, start + sub, False, &handled)
+            st = zero_subclusters_of(img, start, start + sub, guest_off, end, False, &handled)
     if st == Q2_OK and not handled:
         st = write_zeros(img, guest_off, end)
     return st
@@ -295,7 +297,7 @@ cdef q2_status zero_edge(ImageState img, uint64_t guest_off, uint64_t end) noexc
     if first == last:
         st = zero_part(img, guest_off, first)
         return zero_part(img, last, end) if st == Q2_OK else st
-    st = zero_subclusters_of(img, first, last, True, &handled)
+    st = zero_subclusters_of(img, first, last, first, last, True, &handled)
     if st != Q2_OK:
         return st
     if not handled:

@@ -15,3 +15,7 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil
 
 # No lock held, no request under way and none to come: the last flush of an image being closed.
 cdef q2_status flush_closing(ImageState img) noexcept nogil
+
+# commit held. Everything is durable, refcounts too, and the dirty bit of lazy ones cleared. The next
+# allocation sets it again.
+cdef q2_status settle_refcounts(ImageState img) noexcept nogil

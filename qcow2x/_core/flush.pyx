@@ -3,10 +3,11 @@
 from libc.stdint cimport uint64_t
 
 from qcow2x._core.errors cimport fail
-from qcow2x._core.metadata cimport write_back_locked
+from qcow2x._core.metadata cimport (write_back_for_guest, write_back_locked,
+                                    write_dirty_bit)
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.status cimport *
-from qcow2x._core.sync cimport pthread_mutex_lock, pthread_mutex_unlock, q2_add, q2_load
+from qcow2x._core.sync cimport pthread_mutex_lock, pthread_mutex_unlock, q2_add, q2_load, q2_store
 
 
 cdef q2_status flush_image(ImageState img) noexcept nogil:
@@ -28,7 +29,7 @@ cdef q2_status flush_image(ImageState img) noexcept nogil:
         pthread_mutex_unlock(&img.commit)
         return Q2_OK
     ticket = q2_load(&img.flush_tickets)
-    st = write_back_locked(img, True)
+    st = write_back_for_guest(img)
     if st == Q2_OK:
         img.flush_done = ticket
         st = retire_freed(img)
@@ -42,15 +43,25 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil:
     return flush_image(img)
 
 
-cdef q2_status flush_closing(ImageState img) noexcept nogil:
-    cdef q2_status st
-    pthread_mutex_lock(&img.commit)
-    st = write_back_locked(img, True)
+cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
+    cdef q2_status st = write_back_locked(img, True)
     if st == Q2_OK:
         st = retire_freed(img)
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
     if st == Q2_OK and img.refblocks.n_dirty:
         st = write_back_locked(img, True)
+    if st == Q2_OK and q2_load(&img.lazy_dirty):
+        # Edge: every refcount before the bit that says they may be wrong is cleared.
+        st = write_dirty_bit(img, False)
+        if st == Q2_OK:
+            q2_store(&img.lazy_dirty, 0)
+    return st
+
+
+cdef q2_status flush_closing(ImageState img) noexcept nogil:
+    cdef q2_status st
+    pthread_mutex_lock(&img.commit)
+    st = settle_refcounts(img)
     img.shut = True
     img.shut_status = st
     pthread_mutex_unlock(&img.commit)

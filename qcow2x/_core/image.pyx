@@ -17,7 +17,8 @@ from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
-from qcow2x._core.flush cimport flush_closing, flush_if_metadata_changed, flush_image
+from qcow2x._core.flush cimport (flush_closing, flush_if_metadata_changed, flush_image,
+                                 settle_refcounts)
 from qcow2x._core.geometry cimport l1_entries_for, set_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.mapping cimport plan_range
@@ -30,7 +31,7 @@ from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
                                     q2_table, release_clusters, reserve_clusters)
 from qcow2x._core.marks cimport q2_marks
-from qcow2x._core.state cimport (begin_request, freeze, is_encrypted, leave_request,
+from qcow2x._core.state cimport (begin_request, freeze, is_encrypted, leave_request, may_write,
                                  poison_unless_full, thaw, wake_bitmaps)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
@@ -58,7 +59,8 @@ cdef class CoreImage(ImageState):
 
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
                  Storage data=None, SectorCipher cipher=None, l2_cache_size=None,
-                 bint writable=False, bint discard_to_host=True, str overlap_check="cached"):
+                 bint writable=False, bint discard_to_host=True, str overlap_check="cached",
+                 bint lazy_refcounts=False):
         cdef q2_status st
         self.file = file
         self.data = file if data is None else data
@@ -68,6 +70,7 @@ cdef class CoreImage(ImageState):
         self.read_only = not writable
         self.durable = file.durable_writes
         self.discard_to_host = discard_to_host
+        self.lazy_refcounts = lazy_refcounts and writable and header.fields.version >= 3
         self.zero_past_end = True
         self.align = 1
         set_geometry(&self.geo, header.fields.version, header.fields.cluster_bits,
@@ -419,6 +422,23 @@ cdef class CoreImage(ImageState):
                 st = self.file.sync(Q2_SITE_BARRIER)
         check_status(st, self.name)
         self.header.fields.autoclear = kept
+
+    def _settle_refcounts(self, lazy=None):
+        """Everything is durable, refcounts too, and the dirty bit that lazy ones need is cleared.
+        ``lazy`` says how they are kept from now on; None: as before."""
+        cdef q2_status st
+        cdef bint keep = self.lazy_refcounts if lazy is None else lazy
+        with nogil:
+            st = may_write(self)
+            if st == Q2_OK:
+                pthread_mutex_lock(&self.commit)
+                st = settle_refcounts(self)
+                if st == Q2_OK:
+                    pthread_rwlock_wrlock(&self.meta)
+                    self.lazy_refcounts = keep
+                    pthread_rwlock_unlock(&self.meta)
+                pthread_mutex_unlock(&self.commit)
+        check_status(st, self.name)
 
     def _reload(self, Header header not None):
         """After a repair changed tables in the file: what is in memory is read again, or forgotten

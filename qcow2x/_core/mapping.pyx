@@ -3,7 +3,7 @@
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from qcow2x._core.alloc cimport alloc_clusters, release_unlinked
+from qcow2x._core.alloc cimport alloc_clusters, release_unlinked, write_refcount
 from qcow2x._core.cache cimport (RANK_REFBLOCK, cache_after, cache_dirty, cache_drop, cache_get,
                                  q2_cache)
 from qcow2x._core.errors cimport fail
@@ -232,6 +232,8 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
             q2_add(&img.meta_seq, 1)
             img.count.metadata_writes += 1
             st = guard_add(img, HOLDS_L2, first, 1)
+            if st == Q2_OK and img.lazy_refcounts:
+                st = write_refcount(img, first)
             if st == Q2_OK and old_off:
                 st = runs_add(&img.dropped, old_off >> img.geo.cluster_bits, 1)
         else:

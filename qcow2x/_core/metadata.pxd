@@ -16,6 +16,10 @@ cdef inline uint64_t missing_refblock(uint64_t key) noexcept nogil:
 cdef enum:
     MISSING_REFTABLE = 1
 
+# The dirty bit on disk, which the first allocation of an image with lazy refcounts wants.
+cdef enum:
+    MISSING_DIRTY_BIT = 2
+
 # No lock held. The slice is (or was, a moment ago) cached afterwards: plan again.
 cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
 
@@ -28,6 +32,13 @@ cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil
 # No lock held: after a request failed with Q2_E_CORRUPT. If it was refused because it would have hit
 # a table (overlap.pyx), the corrupt bit is set on disk and the image poisoned.
 cdef void mark_corrupt(ImageState img) noexcept nogil
+
+# commit held. Sets or clears the dirty bit, durably. Version 3.
+cdef q2_status write_dirty_bit(ImageState img, bint dirty) noexcept nogil
+
+# commit held, meta not. The same as write_back_locked(img, True), but with the dirty bit set for lazy
+# refcounts these stay in memory: what a guest's flush asks for.
+cdef q2_status write_back_for_guest(ImageState img) noexcept nogil
 
 # commit held, meta not. Writes every dirty slice back in the order of writes. With make_durable a
 # sync follows, and what was unmapped before the call moves to limbo (retire.pyx). After a failure

@@ -22,7 +22,8 @@ from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_w
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport (Q2_HDR_INCOMPAT, Q2_INCOMPAT_CORRUPT, q2_load_be64,
+from qcow2x._core.wire cimport (Q2_HDR_INCOMPAT, Q2_INCOMPAT_CORRUPT,
+                                Q2_INCOMPAT_DIRTY, q2_load_be64,
                                 q2_store_be64)
 
 
@@ -65,6 +66,33 @@ cdef q2_status refuse_past_end(ImageState img, int32_t site, uint64_t host_off,
     return fail(Q2_E_CORRUPT, site, host_off, b"the table reaches past the end of the file")
 
 
+cdef q2_status write_dirty_bit(ImageState img, bint dirty) noexcept nogil:
+    cdef uint64_t before = img.header.fields.incompat
+    cdef uint64_t after = before | Q2_INCOMPAT_DIRTY if dirty else before & ~Q2_INCOMPAT_DIRTY
+    cdef q2_status st
+    q2_store_be64(img.head + Q2_HDR_INCOMPAT, after)
+    st = write_head(img, Q2_SITE_HEADER_UPDATE)
+    if st == Q2_OK:
+        img.header.fields.incompat = after
+    else:
+        q2_store_be64(img.head + Q2_HDR_INCOMPAT, before)
+    return st
+
+
+cdef q2_status begin_lazy(ImageState img, bint committing) noexcept nogil:
+    """Edge: the dirty bit before anything that counts on a refcount which is not on disk."""
+    cdef q2_status st = Q2_OK
+    if not committing:
+        pthread_mutex_lock(&img.commit)
+    if not q2_load(&img.lazy_dirty):
+        st = write_dirty_bit(img, True)
+        if st == Q2_OK:
+            q2_store(&img.lazy_dirty, 1)
+    if not committing:
+        pthread_mutex_unlock(&img.commit)
+    return st
+
+
 cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nogil:
     cdef int32_t site = Q2_SITE_REFBLOCK_LOAD if miss & 1 else Q2_SITE_L2_LOAD
     cdef q2_cache *cache = &img.refblocks if miss & 1 else &img.l2
@@ -75,6 +103,8 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
     cdef q2_status st
     if miss == MISSING_REFTABLE:
         return load_reftable(img)
+    if miss == MISSING_DIRTY_BIT:
+        return begin_lazy(img, committing)
     pthread_rwlock_wrlock(&img.meta)
     st = cache_begin_load(cache, key, &slot, &already)
     if st == Q2_BUSY or (st == Q2_FULL and cache.n_dirty == 0):
@@ -293,11 +323,12 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
     return Q2_OK
 
 
-cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nogil:
+cdef q2_status write_back_parts(ImageState img, bint make_durable,
+                                bint with_refcounts) noexcept nogil:
     cdef q2_batch refblocks, l2, l1
     cdef q2_runs unmapped
     cdef uint64_t data_seq = 0, seq
-    cdef q2_status st
+    cdef q2_status st = Q2_OK
     memset(&refblocks, 0, sizeof(q2_batch))
     memset(&l2, 0, sizeof(q2_batch))
     memset(&l1, 0, sizeof(q2_batch))
@@ -306,7 +337,8 @@ cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nog
     pthread_rwlock_wrlock(&img.meta)
     seq = q2_load(&img.meta_seq)
     # All or nothing: what cannot be copied now stays dirty.
-    st = copy_dirty(&img.refblocks, &refblocks, &data_seq)
+    if with_refcounts:
+        st = copy_dirty(&img.refblocks, &refblocks, &data_seq)
     if st == Q2_OK:
         st = copy_dirty(&img.l2, &l2, &data_seq)
     if st == Q2_OK:
@@ -338,6 +370,14 @@ cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nog
     free_batch(&l1)
     room_wake(img)
     return st
+
+
+cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nogil:
+    return write_back_parts(img, make_durable, True)
+
+
+cdef q2_status write_back_for_guest(ImageState img) noexcept nogil:
+    return write_back_parts(img, True, not q2_load(&img.lazy_dirty))
 
 
 cdef q2_status write_back(ImageState img) noexcept nogil:

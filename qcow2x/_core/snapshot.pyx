@@ -244,6 +244,9 @@ cdef q2_status begin(ImageState img) noexcept nogil:
     st = everything_on_disk(img)
     if st == Q2_OK:
         st = write_dirty(img, True)
+    if st == Q2_OK:
+        # All refcounts are on disk now; that the bit is set is this verb's matter until its end.
+        q2_store(&img.lazy_dirty, 0)
     if st != Q2_OK:
         finish(img)
     return st

@@ -61,6 +61,7 @@ cdef class ImageState(Storage):
     cdef SectorCipher cipher        # None unless the data clusters are encrypted
     cdef bint durable               # writethrough, directsync: a write returns when it is durable
     cdef bint discard_to_host       # freed clusters are punched out of the file
+    cdef bint lazy_refcounts        # refcounts wait for the close; till then the dirty bit is set
 
     # Under meta.
     cdef uint64_t disk_size         # guest bytes
@@ -103,6 +104,7 @@ cdef class ImageState(Storage):
     cdef uint64_t closed            # 1 from close() on; set under meta, exclusive
     cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
                                     # anything is written; cleared under meta, exclusive
+    cdef uint64_t lazy_dirty        # 1: the dirty bit is on disk, so refcounts there may be wrong
     cdef uint64_t guard_hit         # 1 after a write was refused because it would hit a table
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far

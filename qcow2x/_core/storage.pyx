@@ -210,7 +210,8 @@ cdef class Storage:
         data = PyBytes_FromStringAndSize(NULL, n)
         cdef char *dst = PyBytes_AS_STRING(data)
         with nogil:
-            rc = self.read_at(Q2_SITE_DATA_READ, dst, n, off)
+            # From Python this is how metadata is read; a disk's data goes by way of preadinto.
+            rc = self.read_at(Q2_SITE_HEADER_READ, dst, n, off)
         check_status(rc, self.name)
         return data
 

@@ -15,6 +15,8 @@ from qcow2x.cli.report import CommandError
 from qcow2x.sizes import parse_size
 
 _KINDS = {"str": "str", "bool": "bool (on/off)", "num": "num", "size": "size"}
+_TRUE = ("on", "yes", "true", "y")
+_FALSE = ("off", "no", "false", "n")
 _SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
@@ -211,8 +213,10 @@ class FormatOptions:
             raise CommandError(f"Invalid parameter '{name}'")
         kind = self._known[name].kind
         number = 0
-        if kind == "bool" and text not in ("on", "off"):
-            raise CommandError(f"Parameter '{name}' expects 'on' or 'off'")
+        if kind == "bool":
+            if text not in _TRUE + _FALSE:
+                raise CommandError(f"Parameter '{name}' expects 'on' or 'off'")
+            text = "on" if text in _TRUE else "off"
         if kind == "size":
             number = size_value(name, text)
         elif kind == "num":

@@ -106,6 +106,13 @@ class HostDeviceNode(FileNode):
         return PyStorage(_CharacterDevice(path, self.writable), self.writable)
 
 
+class HostCdromNode(HostDeviceNode):
+    """A drive for optical discs."""
+
+    driver = "host_cdrom"
+    prefix = "host_cdrom:"
+
+
 class _CharacterDevice:
     """A device that is read and written like a file, at the size that seeking to its end tells."""
 

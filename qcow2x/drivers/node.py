@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -109,6 +109,11 @@ class Node:
                 options[name] = child.full_options
         if backing_overridden and "backing" not in self.children:
             options["backing"] = None
+
+    def join_options(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        """The options to open this node with again, where ``old`` were given before and ``new``
+        change some of them. Both flat."""
+        return {**old, **new}
 
     # ---- What it is called ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.drivers import qcow2_options
@@ -27,8 +27,9 @@ class Qcow2Node(Node):
     def open(self, options: Options) -> None:
         from qcow2x._core.header import Header
 
-        file = self.children["file"].storage
-        self.header = header = Header.load(file.pread, file.size(), file.name)
+        below = self.children["file"]
+        file = below.storage
+        self.header = header = Header.load(file.pread, below._size(), file.name)
         header.require_supported(file.name)
         self.backing_file = self.auto_backing = header.backing_file or ""
         self.backing_format = header.backing_format or None
@@ -75,8 +76,12 @@ class Qcow2Node(Node):
             l2_cache_size=settings.l2_cache_size,
             overlap_check=settings.overlap_check,
             discard_to_host=settings.discard_to_host,
+            lazy_refcounts=settings.lazy_refcounts,
         )
         self.storage = self.image
+
+    def join_options(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        return qcow2_options.join(new, old)
 
     @property
     def cluster_size(self) -> int:

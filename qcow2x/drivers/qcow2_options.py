@@ -6,8 +6,9 @@ refused, and one that it takes is taken.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qcow2x.drivers import options as opts
 from qcow2x.drivers.errors import OptionError
@@ -46,6 +47,8 @@ class Qcow2Options:
     l2_cache_size: int | None
     #: A level of qcow2x.open(overlap_check=).
     overlap_check: str
+    #: Refcounts wait for the close.
+    lazy_refcounts: bool
     #: Freed clusters are given back to the host.
     discard_to_host: bool
     key_secret: str | None
@@ -78,7 +81,25 @@ def take(options: Options, header: Header, unmap: bool) -> Qcow2Options:
         raise OptionError("discard-no-unref is only supported since qcow2 version 3")
     _check_encryption(opts.take_text(options, "encrypt.format"), header)
     secret = opts.take_text(options, "encrypt.key-secret")
-    return Qcow2Options(l2_cache_size, overlap_check, passes, secret)
+    return Qcow2Options(l2_cache_size, overlap_check, lazy, passes, secret)
+
+
+def join(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in force when ``new`` options are given to an image that was opened with ``old``."""
+    kept = dict(old)
+    if "overlap-check" in new or "overlap-check.template" in new:
+        # A new template says everything about what is guarded.
+        kept = {key: value for key, value in kept.items() if not key.startswith("overlap-check")}
+    if "cache-size" in new:
+        kept.pop("l2-cache-size", None)
+        kept.pop("refcount-cache-size", None)
+    joined = {**kept, **new}
+    if "cache-size" not in new and {"cache-size", "l2-cache-size", "refcount-cache-size"} <= set(
+        joined
+    ):
+        # Both sizes outright make an older sum of them void.
+        del joined["cache-size"]
+    return joined
 
 
 def _cache_sizes(options: Options, header: Header) -> int | None:

@@ -5,31 +5,35 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from qcow2x.drivers import options as opts
 from qcow2x.drivers.errors import OptionError
-from qcow2x.drivers.node import SECTOR, Node
+from qcow2x.drivers.filter import FilterNode
+from qcow2x.drivers.hooks import HookStorage
+from qcow2x.drivers.node import SECTOR
 from qcow2x.drivers.options import Options
 from qcow2x.drivers.probe import PROBE_BYTES, probe_bytes
-from qcow2x.storage import PyStorage, Storage
+from qcow2x.storage import PyStorage
 from qcow2x.types import Extent
 
 
-class RawNode(Node):
+class RawNode(FilterNode):
+    """A window that starts at ``offset`` and is ``size`` bytes long, or goes on to the end of the
+    file and can then be resized."""
+
     driver = "raw"
     is_format = True
+    is_filter = False
     strong = ("offset", "size")
+    _length: int | None = None
 
     def open(self, options: Options) -> None:
-        offset = opts.take_size(options, "offset") or 0
-        size = opts.take_size(options, "size")
-        self.offset = offset
-        file = self.children["file"]
+        self.offset = offset = opts.take_size(options, "offset") or 0
+        self._length = size = opts.take_size(options, "size")
         if not offset and size is None:
-            self.storage = file.storage
+            self.storage = self.below.storage
             return
-        real = file.size
+        real = self.below.size
         if real < offset:
             raise OptionError(
                 f"Offset ({offset}) cannot be greater than size of the containing file ({real})"
@@ -41,13 +45,26 @@ class RawNode(Node):
             )
         if size is not None and size % SECTOR:
             raise OptionError(f"Specified size is not multiple of {SECTOR}")
-        window = _Window(file.storage, offset, size)
-        self.storage = PyStorage(window, self.writable)
+        self.storage = PyStorage(HookStorage(self), self.writable)
+
+    def _size(self) -> int:
+        if self._length is not None:
+            return self._length
+        return max(0, self.below._size() - self.offset)
+
+    def _extents(self, offset: int, end: int) -> Iterator[Extent]:
+        for run in super()._extents(self.offset + offset, self.offset + end):
+            yield run._replace(offset=run.offset - self.offset)
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        super()._read(view, self.offset + offset)
 
     def _write(self, view: memoryview, offset: int, fua: bool) -> None:
+        if self._length is not None and offset + len(view) > self._length:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.filename)
         if self.probed and offset < PROBE_BYTES:
             self._refuse_another_format(view, offset)
-        super()._write(view, offset, fua)
+        super()._write(view, self.offset + offset, fua)
 
     def _refuse_another_format(self, view: memoryview, offset: int) -> None:
         """A format that was guessed must be guessed again next time: else a guest could have its
@@ -57,47 +74,16 @@ class RawNode(Node):
         if probe_bytes(bytes(head)) != "raw":
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), self.filename)
 
-    def _extents(self, offset: int, end: int) -> Iterator[Extent]:
-        file = self.children["file"]
-        for run in file._extents(self.offset + offset, self.offset + end):
-            yield run._replace(offset=run.offset - self.offset)
+    def _zero(self, offset: int, length: int, unmap: bool, fua: bool) -> None:
+        super()._zero(self.offset + offset, length, unmap, fua)
 
+    def _discard(self, offset: int, length: int) -> None:
+        super()._discard(self.offset + offset, length)
 
-class _Window:
-    """A part of another storage, which starts at ``offset`` and is ``length`` bytes long, or goes
-    on to the end and can then be resized."""
+    def _reserve(self, offset: int, length: int) -> None:
+        super()._reserve(self.offset + offset, length)
 
-    def __init__(self, below: Storage, offset: int, length: int | None) -> None:
-        self.name = below.name
-        self._below = below
-        self._offset = offset
-        self._length = length
-
-    def size(self) -> int:
+    def _resize(self, size: int, shrink: bool, preallocation: str) -> None:
         if self._length is not None:
-            return self._length
-        return max(0, self._below.size() - self._offset)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        count = max(0, min(length, self.size() - offset))
-        return self._below.pread(count, self._offset + offset)
-
-    def preadinto(self, buffer: Any, offset: int) -> int:
-        count = max(0, min(len(buffer), self.size() - offset))
-        return self._below.preadinto(buffer[:count], self._offset + offset)
-
-    def pwrite(self, data: Any, offset: int) -> int:
-        if self._length is not None and offset + len(data) > self._length:
-            raise OSError(28, f"{self.name}: write past the end of its window")
-        return self._below.pwrite(data, self._offset + offset)
-
-    def flush(self) -> None:
-        self._below.flush()
-
-    def truncate(self, size: int) -> None:
-        if self._length is not None:
-            raise OSError(95, "Cannot resize fixed-size raw disks")
-        self._below.truncate(self._offset + size)
-
-    def punch(self, offset: int, length: int) -> None:
-        self._below.punch(self._offset + offset, length)
+            raise OSError(errno.ENOTSUP, "Cannot resize fixed-size raw disks")
+        super()._resize(self.offset + size, shrink, preallocation)

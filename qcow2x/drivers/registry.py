@@ -19,6 +19,7 @@ DRIVERS = {
     "compress": ("compress", "CompressNode"),
     "copy-on-read": ("copy_on_read", "CopyOnReadNode"),
     "file": ("file", "FileNode"),
+    "host_cdrom": ("file", "HostCdromNode"),
     "host_device": ("file", "HostDeviceNode"),
     "luks": ("luks", "LuksNode"),
     "null-co": ("null", "NullNode"),
@@ -30,6 +31,7 @@ DRIVERS = {
 PROTOCOLS = {
     "blkdebug": "blkdebug",
     "file": "file",
+    "host_cdrom": "host_cdrom",
     "host_device": "host_device",
     "null-co": "null-co",
 }

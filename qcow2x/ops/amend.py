@@ -52,7 +52,7 @@ def amend(
     of a disk of another size or with zero clusters in them.
     ``refcount_bits`` 1 to 64, a power of two; refused if a refcount does not fit, done in a way that a
     cut of power leaves the old or the new refcounts.
-    ``lazy_refcounts`` sets or clears the feature bit (refcounts are kept exact in any case).
+    ``lazy_refcounts`` sets or clears the feature bit: see :func:`qcow2x.open`.
     ``data_file`` is a new name for the external data file, which itself is not touched;
     ``data_file_raw=False`` takes back the promise that it reads as the disk by itself.
     ``size`` is the disk's new size in bytes; a smaller one loses what lies behind it.
@@ -148,6 +148,8 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
     final_order = header.refcount_order if wanted.order is None else wanted.order
     final_lazy = header.lazy_refcounts if wanted.lazy is None else wanted.lazy
     _check(image, wanted, keys, final, final_order)
+    # The header that is written below shall not carry a dirty bit that is only passing.
+    image._settle_refcounts(lazy=False)
     steps = _Steps(
         progress, (final != header.version) + (final_order != header.refcount_order) + bool(keys)
     )
@@ -178,7 +180,7 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
         header.set_version(final)
         image._rewrite_header()
         steps.done("downgrade")
-    image.flush()
+    image._settle_refcounts(lazy=final_lazy and final >= 3)
 
 
 class _Steps:

@@ -87,7 +87,8 @@ def _reopen(session: Session, argv: list[str]) -> None:
         options_before.pop("cache.no-flush", None)
     _refuse_fixed(session, changed)
     opening = replace(opening, options=options_before)
-    session.reopen(opening.with_options(changed))
+    merged = session.open_disk.node.join_options(changed, opening.options)
+    session.reopen(replace(opening, options=merged))
 
 
 def _refuse_fixed(session: Session, changed: dict[str, Any]) -> None:
