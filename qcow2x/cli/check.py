@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import (
     FORMAT,
     IMAGE_OPTS,
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
         try:
             result = _look(node.children["file"].storage, repair, dry_run, journal)
         except Exception as exc:
-            raise failure(exc, name=path) from exc
+            raise failure(exc, name=stored_in(node)) from exc
         _print_findings(result, repair, dry_run)
         if journal is not None and os.path.exists(journal):
             report(

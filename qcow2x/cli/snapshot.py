@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import (
     IMAGE_OPTS,
     OBJECT,
@@ -118,7 +118,7 @@ def _apply(node: Node, name: str) -> None:
         reason = os.strerror(errno.ENOENT)
         raise CommandError(f"{doing}: Failed to load snapshot: {reason}") from None
     except Exception as exc:
-        raise failure(exc, f"{doing}: Failed to load snapshot") from exc
+        raise failure(exc, f"{doing}: Failed to load snapshot", stored_in(node)) from exc
 
 
 def _delete(node: Node, name: str) -> None:
@@ -131,4 +131,4 @@ def _delete(node: Node, name: str) -> None:
     try:
         image.snapshots.delete(found[0].id)
     except Exception as exc:
-        raise failure(exc, doing) from exc
+        raise failure(exc, doing, stored_in(node)) from exc
