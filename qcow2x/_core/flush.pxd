@@ -13,6 +13,12 @@ cdef q2_status flush_image(ImageState img) noexcept nogil
 # but not flushed.
 cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil
 
+# For the end of a request that may have freed clusters, outside of it: flushes if many wait to be
+# free, as only that makes them. Without it a writer that never flushes would let the file grow for
+# ever. Nobody asked for this flush, so nobody hears of its failure: what it could not write stays
+# dirty, or the image is broken and the next request says so.
+cdef void flush_if_much_freed(ImageState img) noexcept nogil
+
 # No lock held, no request under way and none to come: the last flush of an image being closed.
 cdef q2_status flush_closing(ImageState img) noexcept nogil
 

@@ -36,6 +36,7 @@ cdef struct q2_runs:
     q2_run *run
     uint64_t n
     uint64_t room
+    uint64_t clusters           # of all runs together
 
 # Clusters that hold tables, see overlap.pyx.
 cdef struct q2_guard:

@@ -258,6 +258,7 @@ cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogi
     cdef q2_status st
     if runs.n and runs.run[runs.n - 1].first + runs.run[runs.n - 1].n == first:
         runs.run[runs.n - 1].n += n
+        runs.clusters += n
         return Q2_OK
     st = reserve_runs(runs, 1)
     if st != Q2_OK:
@@ -265,6 +266,7 @@ cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogi
     runs.run[runs.n].first = first
     runs.run[runs.n].n = n
     runs.n += 1
+    runs.clusters += n
     return Q2_OK
 
 
@@ -275,6 +277,7 @@ cdef q2_status runs_append(q2_runs *runs, const q2_runs *more) noexcept nogil:
     if more.n:
         memcpy(runs.run + runs.n, more.run, more.n * sizeof(q2_run))
         runs.n += more.n
+        runs.clusters += more.clusters
     return Q2_OK
 
 
@@ -283,7 +286,7 @@ cdef void runs_clear(q2_runs *runs) noexcept nogil:
     if runs.room > 4096:
         free(runs.run)
         memset(runs, 0, sizeof(q2_runs))
-    runs.n = 0
+    runs.n = runs.clusters = 0
 
 
 cdef q2_status may_write(ImageState img) noexcept nogil:

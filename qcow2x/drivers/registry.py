@@ -22,6 +22,7 @@ DRIVERS = {
     "host_cdrom": ("file", "HostCdromNode"),
     "host_device": ("file", "HostDeviceNode"),
     "luks": ("luks", "LuksNode"),
+    "nbd": ("nbd", "NbdNode"),
     "null-co": ("null", "NullNode"),
     "qcow2": ("qcow2", "Qcow2Node"),
     "raw": ("raw", "RawNode"),
@@ -33,6 +34,9 @@ PROTOCOLS = {
     "file": "file",
     "host_cdrom": "host_cdrom",
     "host_device": "host_device",
+    "nbd": "nbd",
+    "nbd+tcp": "nbd",
+    "nbd+unix": "nbd",
     "null-co": "null-co",
 }
 
