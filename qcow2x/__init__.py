@@ -70,11 +70,13 @@ if TYPE_CHECKING:
     from qcow2x.ops.check import check as check
     from qcow2x.ops.checkpoint import checkpoint as checkpoint
     from qcow2x.ops.checkpoint import settle_checkpoints as settle_checkpoints
+    from qcow2x.ops.commit import commit as commit
     from qcow2x.ops.compare import compare as compare
     from qcow2x.ops.convert import convert as convert
     from qcow2x.ops.create import create as create
     from qcow2x.ops.dd import dd as dd
     from qcow2x.ops.measure import measure as measure
+    from qcow2x.ops.rebase import rebase as rebase
     from qcow2x.ops.undo import undo_repair as undo_repair
     from qcow2x.storage import FileStorage as FileStorage
     from qcow2x.storage import Storage as Storage
@@ -119,11 +121,13 @@ _HOME = {
     "qcow2x.ops.amend": ("amend",),
     "qcow2x.ops.check": ("check",),
     "qcow2x.ops.checkpoint": ("checkpoint", "settle_checkpoints"),
+    "qcow2x.ops.commit": ("commit",),
     "qcow2x.ops.compare": ("compare",),
     "qcow2x.ops.convert": ("convert",),
     "qcow2x.ops.create": ("create",),
     "qcow2x.ops.dd": ("dd",),
     "qcow2x.ops.measure": ("measure",),
+    "qcow2x.ops.rebase": ("rebase",),
     "qcow2x.ops.undo": ("undo_repair",),
     "qcow2x.storage": ("FileStorage", "Storage"),
     "qcow2x.types": ("CheckResult", "Extent", "Finding", "ImageInfo", "Reference", "Stats"),

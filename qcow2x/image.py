@@ -363,8 +363,13 @@ class Image(CoreImage):
             snapshot_count=header.nb_snapshots,
         )
 
-    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+    def extents(
+        self, offset: int = 0, length: int | None = None, *, layers: int | None = None
+    ) -> Iterator[Extent]:
         """The runs that the disk from ``offset`` on is made of, in order, through the whole chain.
+
+        With ``layers`` only so many of the chain are looked at, from the top down. What they leave
+        to the next one comes as runs of that depth which are neither data nor zero.
 
         Neighbouring runs that continue each other are one. The image may change meanwhile; each
         run was true when it was looked up. Raises ValueError for a range outside the disk,
@@ -373,7 +378,8 @@ class Image(CoreImage):
         end = self.size if length is None else offset + length
         if offset < 0 or end < offset or end > self.size:
             raise ValueError(f"{self.name}: extents of a range outside the disk")
-        return _merged(_runs(self.backing_chain, offset, end))
+        chain = self.backing_chain
+        return _merged(_runs(chain, offset, end, len(chain) if layers is None else layers))
 
     @property
     def backing(self) -> Storage | None:
@@ -494,8 +500,16 @@ class Image(CoreImage):
     def _preallocate(self, mode: str, offset: int = 0) -> None:
         """Gives every cluster from ``offset`` on a host cluster; see resize()."""
         end = self.size
-        # A cluster that the old disk ended in holds old bytes: it stays as it is.
-        offset = min(end, -(-offset // self.cluster_size) * self.cluster_size)
+        # A cluster that the old disk ended in holds old bytes: it stays as it is, in all its length.
+        # With a backing file that may show through it, one that is not there yet stays away.
+        first = min(end, -(-offset // self.cluster_size) * self.cluster_size)
+        if offset < first:
+            start = offset // self.cluster_size * self.cluster_size
+            if self._backing is None and self._holds_nothing(start, first):
+                self._allocate(start, first - start)
+            if not self._header.has_data_file:
+                self._complete_cluster(mode, offset, first)
+        offset = first
         self._allocate(offset, end - offset)
         if mode == "metadata":
             self.flush()
@@ -546,6 +560,27 @@ class Image(CoreImage):
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.name)
             self._vmstate_write(view, offset)
             return view.nbytes
+
+    def _holds_nothing(self, start: int, end: int) -> bool:
+        while start < end:
+            for at, nbytes, kind, _ in self._plan(start, end - start):
+                if kind not in (_UNALLOCATED, _ZERO):
+                    return False
+                start = at + nbytes
+        return True
+
+    def _complete_cluster(self, mode: str, offset: int, end: int) -> None:
+        """Has the file reach to the end of the cluster that ``offset`` lies in: writers of less than
+        a whole one leave the rest behind the end of the file."""
+        self.flush()
+        for at, _, kind, host in self._plan(offset, end - offset):
+            if kind != _DATA:
+                continue
+            rest = -at % self.cluster_size
+            if mode != "metadata":
+                self._file.reserve(host, rest)
+            elif _disk_bytes(self._file) < host + rest:
+                self._file.truncate(host + rest)
 
     # ---- As a file ----
 
@@ -634,7 +669,7 @@ def _continues(last: Extent, run: Extent) -> bool:
     return last[2:6] == run[2:6] and last.filename == run.filename
 
 
-def _runs(layers: list[Storage], offset: int, end: int) -> Iterator[Extent]:
+def _runs(layers: list[Storage], offset: int, end: int, depth_end: int) -> Iterator[Extent]:
     """The runs of a chain, layers from the top down. What a layer leaves open is asked of the next
     one from a stack, not by recursion: chains are deeper than Python's."""
     todo: list[Extent | tuple[int, int, int]] = [(0, offset, end)]
@@ -644,6 +679,9 @@ def _runs(layers: list[Storage], offset: int, end: int) -> Iterator[Extent]:
             yield item
             continue
         depth, start, stop = item
+        if depth == depth_end:
+            yield Extent(start, stop - start, False, False, False, depth, None, None)
+            continue
         layer = layers[depth]
         if not isinstance(layer, Image):
             yield from _raw_runs(layer, start, stop, depth)

@@ -49,6 +49,13 @@ cdef uint64_t MAX_LUKS_BYTES = 4 << 20
 GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED, "all": GUARD_ALL}
 
 
+#: What is written, for ``_write_meta``.
+SITE_L1_UPDATE = Q2_SITE_L1_UPDATE
+SITE_EMPTY_IMAGE = Q2_SITE_EMPTY_IMAGE
+SITE_REFBLOCK_ALLOC = Q2_SITE_REFBLOCK_ALLOC
+SITE_REFTABLE_UPDATE = Q2_SITE_REFTABLE_UPDATE
+
+
 cdef class CoreImage(ImageState):
     """An open qcow2 image: positional reads and writes of the guest disk.
 
@@ -677,15 +684,15 @@ cdef class CoreImage(ImageState):
         """What was changed since the bitmaps were stored, or None."""
         return self.tracker
 
-    def _write_meta(self, bytes data, offset):
-        """Bytes of a table that is not in use yet, not synced."""
+    def _write_meta(self, bytes data, offset, int32_t site=Q2_SITE_BITMAP_WRITE):
+        """Bytes of a table that is not in use yet, or may be found half written; not synced."""
         cdef uint64_t off = door_offset(offset)
         cdef const char *src = PyBytes_AS_STRING(data)
         cdef uint64_t n = len(data)
         cdef q2_status st
         self.count.metadata_writes += 1
         with nogil:
-            st = poison_unless_full(self, self.file.write_at(Q2_SITE_BITMAP_WRITE, src, n, off,
+            st = poison_unless_full(self, self.file.write_at(site, src, n, off,
                                                              WRITE_DEFERRED))
         check_status(st, self.name)
 

@@ -18,6 +18,7 @@ from qcow2x.cli.options import (
     SHARE,
     Option,
     Parsed,
+    cache_mode,
     image_size,
     number,
     parse,
@@ -96,7 +97,8 @@ def main(argv: list[str]) -> int:
     if len(parsed.args) < 2:
         raise CommandError("Must specify image file name")
     *sources, target = parsed.args
-    _check_cache_modes(parsed)
+    src_cache = cache_mode(parsed, "src-cache", "source cache")
+    cache = cache_mode(parsed)
     secrets = read_objects(parsed.values("object"))
     quiet = parsed.flag("quiet")
     with ExitStack() as stack:
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> int:
                     parsed.value("format"),
                     image_opts=parsed.flag("image-opts"),
                     secrets=secrets,
-                    cache=parsed.value("src-cache", "writeback"),
+                    cache=src_cache,
                     force_share=parsed.flag("force-share"),
                 )
             )
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> int:
                     format,
                     image_opts=parsed.flag("target-image-opts"),
                     secrets=secrets,
-                    cache=parsed.value("cache", "writeback"),
+                    cache=cache,
                     writable=True,
                     discard=numbers["sparse_size"] > 0,
                 )
@@ -245,15 +247,6 @@ def _refuse_conflicts(parsed: Parsed) -> None:
     ):
         if wrong:
             raise CommandError(message)
-
-
-def _check_cache_modes(parsed: Parsed) -> None:
-    from qcow2x.drivers.opening import CACHE_FLAGS
-
-    for key, what in (("src-cache", "source cache"), ("cache", "cache")):
-        mode = parsed.value(key, "writeback")
-        if mode not in CACHE_FLAGS:
-            raise CommandError(f"Invalid {what} option: {mode}")
 
 
 def _target_options(

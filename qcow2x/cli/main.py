@@ -18,6 +18,7 @@ IMG_COMMANDS = {
     "bench": "time a series of reads or writes",
     "bitmap": "change the persistent dirty bitmaps of an image",
     "check": "check an image for corruption and leaked clusters, and repair them",
+    "commit": "write what an overlay holds into a layer below it",
     "compare": "compare what two disks read as",
     "convert": "copy a disk into a new image",
     "create": "make a new image",
@@ -25,6 +26,7 @@ IMG_COMMANDS = {
     "info": "tell what an image says of itself",
     "map": "list which parts of a disk are stored, and where",
     "measure": "tell how large a file a new image needs",
+    "rebase": "give an image another backing file",
     "resize": "grow or shrink a disk",
     "snapshot": "list, make, apply and delete internal snapshots",
 }

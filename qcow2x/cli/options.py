@@ -122,6 +122,16 @@ def number(text: str | None, what: str, low: int, high: int, default: int) -> in
     return value
 
 
+def cache_mode(parsed: Parsed, key: str = "cache", what: str = "cache") -> str:
+    """A cache mode of QEMU's tools; raises CommandError for another."""
+    from qcow2x.drivers.opening import CACHE_FLAGS
+
+    mode = parsed.value(key, "writeback") or ""
+    if mode not in CACHE_FLAGS:
+        raise CommandError(f"Invalid {what} option: {mode}")
+    return mode
+
+
 def output_format(parsed: Parsed) -> str:
     value = parsed.value("output", "human") or ""
     if value not in ("human", "json"):

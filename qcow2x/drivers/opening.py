@@ -260,7 +260,8 @@ class Graph:
             raise OptionError("Driver doesn't support backing files")
         filename = None
         if "file.filename" not in given:
-            node.implicit_backing = not given
+            # Whether it may be written to makes no other backing file of it.
+            node.implicit_backing = not given.keys() - {"read-only"}
             filename = node.full_backing_filename
         if node.backing_format is not None:
             given.setdefault("driver", node.backing_format)
