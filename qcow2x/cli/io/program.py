@@ -174,9 +174,14 @@ def _run_commands(session: Session, commands: list[str]) -> int:
         try:
             session.close()
         except OSError as exc:
-            # What could not be written is lost: QEMU's tool says nothing of it.
-            report(f"Failed to flush the image: {exc.strerror or exc}")
+            from qcow2x.cli.words import reason
+            from qcow2x.errors import ImageBroken
+
             failed = True
+            # Of what broke the image was told when it did.
+            if not isinstance(exc, ImageBroken):
+                report(f"Failed to flush the L2 table cache: {reason(exc)}")
+                report(f"Failed to flush the refcount block cache: {reason(exc)}")
     return 1 if failed else 0
 
 
