@@ -47,7 +47,9 @@ cdef q2_status change_cluster(ImageState img, uint8_t what, uint64_t guest_cl, q
     if what == UNMAP:
         if is_empty(img, old):
             return Q2_OK
-    elif what == DISCARD and is_empty(img, old) and not has_backing(img):
+    elif (what == DISCARD and not has_backing(img) and not is_compressed(old)
+          and not has_cluster(&img.geo, old)):
+        # Whatever its marks are, it reads as zeros and keeps nothing.
         return Q2_OK
     elif img.geo.version >= 3:
         if keep:
@@ -142,7 +144,9 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
         elif st == Q2_MISS:
             st = load_slice(img, miss)
         guest_cl += done
-    note_change(img, start, (end_cl << img.geo.cluster_bits) - start)
+    if what != UNMAP:
+        # Who unmaps knows that the disk reads the same afterwards, or ends in front of this.
+        note_change(img, start, (end_cl << img.geo.cluster_bits) - start)
     leave_write(img, parity)
     return st
 
@@ -205,8 +209,9 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                                    uint64_t asked_off, uint64_t asked_end, bint also_data,
                                    bint *handled) noexcept nogil:
     """Whole subclusters of one guest cluster, by their bits or the entry's zero flag, where zeros
-    were asked for in [asked_off, asked_end) of it. A compressed cluster, one that is shared, and
-    unless `also_data` what holds data, are left to write_zeros."""
+    were asked for in [asked_off, asked_end) of it; of a cluster that is shared, too, as only the
+    entry changes. A compressed cluster, and unless `also_data` what holds data, are left to
+    write_zeros."""
     cdef uint64_t guest_cl = guest_off >> img.geo.cluster_bits
     cdef uint64_t start = guest_cl << img.geo.cluster_bits
     cdef uint32_t first = <uint32_t>((guest_off - start) >> img.geo.subcluster_bits)
@@ -232,9 +237,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                 st = find_entry(img, guest_cl, &slot, &at, &left, &miss)
             if st == Q2_OK:
                 e = load_l2e(&img.geo, at)
-                if (not is_compressed(e)
-                        and (also_data or not holds_data(&img.geo, e, first, n))
-                        and (not has_cluster(&img.geo, e) or entry_is_ours(img, guest_cl, e))):
+                if not is_compressed(e) and (also_data or not holds_data(&img.geo, e, first, n)):
                     new = e
                     if img.geo.subclusters == 1:
                         new.entry |= Q2_OFLAG_ZERO
@@ -298,12 +301,13 @@ cdef q2_status zero_edge(ImageState img, uint64_t guest_off, uint64_t end) noexc
     if first == last:
         st = zero_part(img, guest_off, first)
         return zero_part(img, last, end) if st == Q2_OK else st
-    st = zero_subclusters_of(img, first, last, first, last, True, &handled)
-    if st != Q2_OK:
-        return st
-    if not handled:
-        return write_zeros(img, guest_off, end)
+    # First what may have to be written as data: after that a compressed cluster no longer is one.
     st = zero_part(img, guest_off, first)
+    if st == Q2_OK:
+        st = zero_subclusters_of(img, first, last, first, last if last < end else end, True,
+                                 &handled)
+    if st == Q2_OK and not handled:
+        st = write_zeros(img, first, last if last < end else end)
     return zero_part(img, last, end) if st == Q2_OK else st
 
 
@@ -315,6 +319,9 @@ cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, b
     if st != Q2_OK or nbytes == 0:
         return st
     whole_clusters(img, guest_off, nbytes, &first, &last)
+    if img.geo.subclusters > 1:
+        # Of the cluster that the disk ends in only the subclusters that it reaches.
+        last = end >> img.geo.cluster_bits
     if img.geo.version < 3 and (has_backing(img) or not may_unmap):
         # No zero flag to set: without leave to unmap the clusters stay, and their bytes go.
         st = write_zeros(img, guest_off, end)

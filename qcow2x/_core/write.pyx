@@ -20,7 +20,7 @@ from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_tab
                                    entry_changed, entry_is_ours, find_entry, plan_range)
 from qcow2x._core.metadata cimport MISSING_REFTABLE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
-from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, q2_plan
+from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO, q2_plan
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
@@ -101,6 +101,26 @@ cdef uint64_t hull_end(const q2_geometry *g, uint8_t what, q2_l2e e,
     return end
 
 
+# Whether what leads the request goes in place, and the clusters behind it, kept as zeros in the host's
+# next ones, make one write of it all.
+cdef bint leads_to_kept(ImageState img, const uint8_t *at, uint64_t clusters, uint64_t first_cl,
+                        uint64_t guest_off, uint64_t end) noexcept nogil:
+    cdef uint64_t i
+    cdef uint64_t host = host_cluster(load_l2e(&img.geo, at))
+    cdef uint8_t what
+    cdef q2_l2e e
+    if img.geo.subclusters > 1 or img.geo.external_data:
+        return False
+    for i in range(1, clusters):
+        e = load_l2e(&img.geo, at + (i << img.geo.l2_entry_bits))
+        what = classify(img, first_cl + i, e, guest_off, end)
+        if what == RENEW or host_cluster(e) != host + (i << img.geo.cluster_bits):
+            return False
+        if what == KEEP:
+            return True
+    return False
+
+
 cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q2_write *w,
                           uint64_t *miss) noexcept nogil:
     """meta, exclusive: as many clusters as one host run can take, all in one L2 slice."""
@@ -123,8 +143,12 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
         return st
     e = load_l2e(&img.geo, at)
     w.what = classify(img, first_cl, e, guest_off, end)
+    if left > last_cl + 1 - first_cl:
+        left = last_cl + 1 - first_cl
     if w.what == IN_PLACE:
-        return Q2_OK
+        if not leads_to_kept(img, at, left, first_cl, guest_off, end):
+            return Q2_OK
+        w.what = KEEP
     if w.what == KEEP:
         st = check_host_cluster(img, host_cluster(e), guest_off)
         if st != Q2_OK:
@@ -134,12 +158,11 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
             st = guard_write(img, w.host_off, 1)
             if st != Q2_OK:
                 return st
-    # Further clusters of the same sort. With subclusters a kept cluster goes alone: its
-    # neighbours have other bits.
-    while (n < left and first_cl + n <= last_cl
-           and not (w.what == KEEP and img.geo.subclusters > 1)):
+    # Further clusters of the same sort; among kept ones also those that would go in place. With
+    # subclusters a kept cluster goes alone: its neighbours have other bits.
+    while n < left and not (w.what == KEEP and img.geo.subclusters > 1):
         other = load_l2e(&img.geo, at + (n << img.geo.l2_entry_bits))
-        if (classify(img, first_cl + n, other, guest_off, end) != w.what
+        if ((classify(img, first_cl + n, other, guest_off, end) == RENEW) != (w.what == RENEW)
                 or (w.what == KEEP and (host_cluster(other) != w.host_off + (n << cbits)
                                         or guard_write(img, host_cluster(other), 1) != Q2_OK))
                 or overlaps_inflight(img, first_cl + n, 1)):
@@ -309,10 +332,18 @@ cdef q2_status guard_in_place(ImageState img, const q2_plan *plan,
     return st
 
 
+cdef inline bint continues_in_kept(ImageState img, const q2_plan *plan) noexcept nogil:
+    return (plan.n > 1 and img.geo.subclusters == 1 and not img.geo.external_data
+            and plan.extent[0].kind == Q2_KIND_DATA and plan.extent[0].in_place
+            and plan.extent[1].kind == Q2_KIND_ZERO and plan.extent[1].in_place
+            and plan.extent[1].host_off == plan.extent[0].host_off + plan.extent[0].nbytes)
+
+
 cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbytes,
-                              uint64_t guest_off, uint32_t flags, bint *entered,
+                              uint64_t guest_off, uint32_t flags, bint alone, bint *entered,
                               uint32_t *parity, uint64_t *done) noexcept nogil:
-    """Writes the part of the request that leads it and needs no metadata; *done may be 0."""
+    """Writes the part of the request that leads it and needs no metadata; *done may be 0. Unless
+    `alone` it leaves to write_allocating what makes one write with what follows it."""
     cdef q2_plan plan
     cdef iovec part
     cdef uint64_t miss = 0, turn = 0
@@ -341,7 +372,7 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
         st = load_slice(img, miss)
         if st != Q2_OK:
             break
-    if st != Q2_OK:
+    if st != Q2_OK or (not alone and continues_in_kept(img, &plan)):
         return st
     for i in range(plan.n):
         if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place:
@@ -367,12 +398,14 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
     cdef uint32_t flags = WRITE_FUA if durable else 0
     cdef uint64_t left = nbytes, start = guest_off, done
     cdef uint32_t parity = 0
-    cdef bint entered = False
+    cdef bint entered = False, alone = False
     cdef q2_status st = may_write(img)
     while left and st == Q2_OK:
-        st = write_in_place(img, data, left, guest_off, flags, &entered, &parity, &done)
+        st = write_in_place(img, data, left, guest_off, flags, alone, &entered, &parity, &done)
         if st == Q2_OK and done == 0:
             st = write_allocating(img, data, left, guest_off, &done)
+        # What was left to the other, and by that as well: no table, or no longer kept.
+        alone = done == 0
         data += done
         guest_off += done
         left -= done

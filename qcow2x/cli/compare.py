@@ -46,6 +46,8 @@ EXIT_ERROR = 2
 EXIT_STATUS_ERROR = 3
 EXIT_READ_ERROR = 4
 
+SIZES_DIFFER = "Warning: Image size mismatch!"
+
 
 def main(argv: list[str]) -> int:
     parsed = parse("compare", USAGE, OPTIONS, argv)
@@ -103,6 +105,9 @@ def _compare(
                 f"Sector allocation test failed for {name}", status=EXIT_STATUS_ERROR
             ) from exc
         offset = getattr(exc, "guest_offset", 0)
+        sizes = [disk.size for disk in disks]
+        if sizes[0] != sizes[1] and offset >= min(sizes) and not parsed.flag("quiet"):
+            print(SIZES_DIFFER)
         raise CommandError(
             f"Error while reading offset {offset} of {name}: {why(exc)}", status=EXIT_READ_ERROR
         ) from exc
@@ -115,7 +120,7 @@ def _lines(result: CompareResult, strict: bool) -> list[str]:
     # QEMU says so when it gets to the end of the shorter disk, and not if it stops before.
     reached = result.offset is None or result.offset >= min(result.sizes)
     if not strict and result.sizes[0] != result.sizes[1] and reached:
-        lines.append("Warning: Image size mismatch!")
+        lines.append(SIZES_DIFFER)
     if result.identical:
         lines.append("Images are identical.")
     elif result.reason == "allocation":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import (
     IMAGE_OPTS,
     OBJECT,
@@ -20,6 +21,7 @@ from qcow2x.cli.options import (
 )
 from qcow2x.cli.report import CommandError
 from qcow2x.cli.text import snapshot_lines
+from qcow2x.cli.words import reason
 
 if TYPE_CHECKING:
     from qcow2x.drivers import Node
@@ -118,7 +120,7 @@ def _apply(node: Node, name: str) -> None:
         reason = os.strerror(errno.ENOENT)
         raise CommandError(f"{doing}: Failed to load snapshot: {reason}") from None
     except Exception as exc:
-        raise failure(exc, f"{doing}: Failed to load snapshot") from exc
+        raise failure(exc, f"{doing}: Failed to load snapshot", stored_in(node)) from exc
 
 
 def _delete(node: Node, name: str) -> None:
@@ -128,7 +130,12 @@ def _delete(node: Node, name: str) -> None:
     found = [] if image is None else [entry for entry in image.snapshots if entry.name == name]
     if not found:
         raise CommandError(f"{doing}: snapshot not found")
+    before = image._header.nb_snapshots
     try:
         image.snapshots.delete(found[0].id)
     except Exception as exc:
-        raise failure(exc, doing) from exc
+        if isinstance(exc, OSError) and image._header.nb_snapshots < before:
+            # It is gone; its clusters have leaked.
+            print(f"qcow2_free_clusters failed: {reason(exc)}", file=sys.stderr)
+            doing += ": Failed to free the cluster and L1 table"
+        raise failure(exc, doing, stored_in(node)) from exc
