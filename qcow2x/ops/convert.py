@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenBitmap", "ConvertResult", "Damage", "convert"]
 
-FORMATS = ("qcow2", "raw")
+FORMATS = ("qcow2", "raw", "luks")
 #: What copying the bitmaps may do about those that missed writes.
 BITMAPS = ("none", "all", "usable")
 
@@ -175,6 +175,10 @@ def convert(
             target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
             wanted = target.size
             is_fresh = False
+        elif dst_format == "luks" and (is_device(dst) or not is_path(dst)):
+            with _creating():
+                target = _create_container(stack, dst, wanted, cache, options)
+            is_fresh = False
         elif is_device(dst) or not is_path(dst):
             # A device, descriptor or object has no other name to be written under.
             with _creating():
@@ -192,6 +196,9 @@ def convert(
                     target = RawDisk(new_file.path, "r+", cache)
                     stack.callback(target.close)
                     target.resize(wanted, preallocation=preallocation)
+                elif dst_format == "luks":
+                    target = _create_container(stack, new_file.path, wanted, cache, options)
+                    is_fresh = False
                 else:
                     # Nobody sees the file before it is whole and synced: the order of its writes
                     # needs no barriers of its own.
@@ -235,6 +242,31 @@ def convert(
             bitmaps=copied,
             skipped_bitmaps=skipped,
         )
+
+
+def _create_container(
+    stack: ExitStack, dst: Any, size: int, cache: str, options: dict[str, Any]
+) -> RawDisk:
+    """A new LUKS container. What it reads as is not zeros before it is written."""
+    from qcow2x.encryption import open_container
+    from qcow2x.ops.newfile import create_luks
+    from qcow2x.storage import Storage, open_storage
+
+    encryption = options["encryption"]
+    if encryption is None:
+        raise ValueError("a luks target needs encryption=")
+    create_luks(
+        dst,
+        size,
+        encryption,
+        preallocation=options["preallocation"],
+        nocow=options["nocow"],
+        extent_size_hint=options["extent_size_hint"],
+    )
+    file = open_storage(dst, writable=True, cache=cache)
+    if not isinstance(dst, Storage):
+        stack.callback(file.close)
+    return RawDisk(open_container(file, encryption.key), "r+")
 
 
 def _check_options(
