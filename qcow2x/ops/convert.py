@@ -162,7 +162,7 @@ def convert(
             snapshot=snapshot, key=key, lock=lock,
         )  # fmt: skip
         bitmap_source = _bitmap_source(source, bitmaps)
-        granule = SECTOR if dst_format == "qcow2" else 1
+        granule = 1 if dst_format == "raw" else SECTOR
         wanted = -(-source.size // granule) * granule if size is None else size
 
         new_file = None
