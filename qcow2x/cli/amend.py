@@ -43,9 +43,7 @@ OPTIONS = (
     IMAGE_OPTS,
     CREATE_OPTIONS,
 )
-USAGE = (
-    "[--object OBJECT] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILE"
-)
+USAGE = "[--object OBJECT] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILE"
 
 
 def main(argv: list[str]) -> int:
