@@ -3,6 +3,7 @@
 # make bench    measure                           make lint    style and types
 # make crash SECONDS=600                           every call fails once; then cuts of power
 # make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
+# make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
 # make iotests-matrix  the same under other image options, beside the system's tools; over an hour
 #
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test iotests iotests-matrix crash build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test man iotests iotests-matrix crash build sanitize wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -40,6 +41,9 @@ test: $(VENV)/.installed
 iotests: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py iotests
 	$(BIN)/python tests/iotests/run.py $(if $(SOURCE),--source $(SOURCE)) $(IOTESTS)
+
+man: $(VENV)/.installed
+	$(BIN)/python scripts/make_man.py build/man
 
 iotests-matrix: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py iotests

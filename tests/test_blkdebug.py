@@ -187,3 +187,13 @@ def test_what_is_wrong(folder: Path, more: dict[str, object], text: str) -> None
     with pytest.raises(ValueError) as caught:
         open_node(with_rules(**more))  # type: ignore[arg-type]
     assert words.reason(caught.value) == text
+
+
+def test_leaving_a_with_block_tells_what_went_wrong_first(folder: Path) -> None:
+    qcow2x.create("a", 1 << 20)
+    with (
+        pytest.raises(KeyError),
+        open_node(with_rules({"event": "write_aio"}), writable=True) as node,
+    ):
+        fails(node, errno.EIO)
+        raise KeyError

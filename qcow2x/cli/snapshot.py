@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
@@ -20,6 +21,7 @@ from qcow2x.cli.options import (
 )
 from qcow2x.cli.report import CommandError
 from qcow2x.cli.text import snapshot_lines
+from qcow2x.cli.words import reason
 
 if TYPE_CHECKING:
     from qcow2x.drivers import Node
@@ -128,7 +130,12 @@ def _delete(node: Node, name: str) -> None:
     found = [] if image is None else [entry for entry in image.snapshots if entry.name == name]
     if not found:
         raise CommandError(f"{doing}: snapshot not found")
+    before = image._header.nb_snapshots
     try:
         image.snapshots.delete(found[0].id)
     except Exception as exc:
+        if isinstance(exc, OSError) and image._header.nb_snapshots < before:
+            # It is gone; its clusters have leaked.
+            print(f"qcow2_free_clusters failed: {reason(exc)}", file=sys.stderr)
+            doing += ": Failed to free the cluster and L1 table"
         raise failure(exc, doing) from exc

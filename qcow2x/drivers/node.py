@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -404,7 +404,12 @@ class Node:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        if exc_type is None:
+            self.close()
+            return
+        # What went wrong first is what is to be told, not what then could not be flushed.
+        with suppress(Exception):
+            self.close()
 
     def __repr__(self) -> str:
         return f"<{self.driver} node {self.filename!r}>"

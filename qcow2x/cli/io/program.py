@@ -36,7 +36,7 @@ _LONGS = {
     "force-share": "U",
 }
 
-_USAGE = """Usage: {name} [OPTIONS]... [-c STRING]... [file]
+USAGE = """Usage: {name} [OPTIONS]... [-c STRING]... [file]
 QEMU Disk exerciser
 
   --object OBJECTDEF   define an object such as 'secret' for
@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_safely(_run, sys.argv[1:] if argv is None else argv)
 
 
-def _language() -> Language:
+def language() -> Language:
+    """All commands there are."""
     from qcow2x.cli.io import background, control, files, transfers, zones
 
     modules = (files, transfers, background, control, zones)
@@ -85,7 +86,7 @@ def _run(argv: list[str]) -> int:
         given, rest = getopt_long(argv, _SHORTS, tuple(_LONGS))
     except OptionError as exc:
         print(f"{program()}: {exc}", file=sys.stderr)
-        print(_USAGE.format(name=program()))
+        print(USAGE.format(name=program()))
         return 1
     letters = {"--" + name.rstrip("="): letter for name, letter in _LONGS.items()}
     opening, format = Opening(), None
@@ -96,7 +97,7 @@ def _run(argv: list[str]) -> int:
         letter = letters.get(name, name[1:])
         flags.add(letter)
         if letter == "h":
-            print(_USAGE.format(name=program()))
+            print(USAGE.format(name=program()))
             return 0
         if letter == "V":
             from qcow2x._version import __version__
@@ -118,7 +119,7 @@ def _run(argv: list[str]) -> int:
         elif letter == "object":
             objects.append(value)
     if len(rest) > 1:
-        print(_USAGE.format(name=program()))
+        print(USAGE.format(name=program()))
         return 1
     if format is not None and "image-opts" in flags:
         raise CommandError("--image-opts and -f are mutually exclusive")
@@ -131,7 +132,7 @@ def _run(argv: list[str]) -> int:
         options={} if format is None else {"driver": format},
     )
     secrets = _read_secrets(objects)
-    session = Session(_language(), lambda: secrets)
+    session = Session(language(), lambda: secrets)
     session.image_opts = "image-opts" in flags
     session.misalign = "m" in flags
     if rest:
@@ -173,9 +174,14 @@ def _run_commands(session: Session, commands: list[str]) -> int:
         try:
             session.close()
         except OSError as exc:
-            # What could not be written is lost: QEMU's tool says nothing of it.
-            report(f"Failed to flush the image: {exc.strerror or exc}")
+            from qcow2x.cli.words import reason
+            from qcow2x.errors import ImageBroken
+
             failed = True
+            # Of what broke the image was told when it did.
+            if not isinstance(exc, ImageBroken):
+                report(f"Failed to flush the L2 table cache: {reason(exc)}")
+                report(f"Failed to flush the refcount block cache: {reason(exc)}")
     return 1 if failed else 0
 
 
