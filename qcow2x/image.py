@@ -498,8 +498,16 @@ class Image(CoreImage):
     def _preallocate(self, mode: str, offset: int = 0) -> None:
         """Gives every cluster from ``offset`` on a host cluster; see resize()."""
         end = self.size
-        # A cluster that the old disk ended in holds old bytes: it stays as it is.
-        offset = min(end, -(-offset // self.cluster_size) * self.cluster_size)
+        # A cluster that the old disk ended in holds old bytes: it stays as it is, in all its length.
+        # With a backing file that may show through it, one that is not there yet stays away.
+        first = min(end, -(-offset // self.cluster_size) * self.cluster_size)
+        if offset < first:
+            start = offset // self.cluster_size * self.cluster_size
+            if self._backing is None and self._holds_nothing(start, first):
+                self._allocate(start, first - start)
+            if not self._header.has_data_file:
+                self._complete_cluster(mode, offset, first)
+        offset = first
         self._allocate(offset, end - offset)
         if mode == "metadata":
             self.flush()
@@ -550,6 +558,27 @@ class Image(CoreImage):
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.name)
             self._vmstate_write(view, offset)
             return view.nbytes
+
+    def _holds_nothing(self, start: int, end: int) -> bool:
+        while start < end:
+            for at, nbytes, kind, _ in self._plan(start, end - start):
+                if kind not in (_UNALLOCATED, _ZERO):
+                    return False
+                start = at + nbytes
+        return True
+
+    def _complete_cluster(self, mode: str, offset: int, end: int) -> None:
+        """Has the file reach to the end of the cluster that ``offset`` lies in: writers of less than
+        a whole one leave the rest behind the end of the file."""
+        self.flush()
+        for at, _, kind, host in self._plan(offset, end - offset):
+            if kind != _DATA:
+                continue
+            rest = -at % self.cluster_size
+            if mode != "metadata":
+                self._file.reserve(host, rest)
+            elif _disk_bytes(self._file) < host + rest:
+                self._file.truncate(host + rest)
 
     # ---- As a file ----
 

@@ -96,6 +96,27 @@ class Finding:
     #: What ``repair="all"`` does about it. In the result of a repair or of a dry run: what was or
     #: would be done, and None where it stays as it is.
     action: str | None = None
+    #: What was found, in one word, which stays what it is: ``"leak"``, ``"l2-copied"`` ...
+    code: str = ""
+    #: Which one: of the entries of a table, of the refcount blocks, of the snapshots.
+    index: int | None = None
+    #: The refcount as it stands in the file, where an entry's COPIED flag does not match it.
+    refcount: int | None = None
+    #: Id and name of the snapshot that it concerns.
+    subject: str | None = None
+
+
+class FlagChange(NamedTuple):
+    """A COPIED flag that a repair has set or cleared."""
+
+    #: ``"l1"`` or ``"l2"``: the table that the entry stands in.
+    structure: str
+    index: int
+    guest_offset: int
+    #: The entry as it was.
+    entry: int
+    #: The refcount of the cluster that it names, after the repair.
+    refcount: int
 
 
 @dataclass(slots=True)
@@ -115,6 +136,15 @@ class CheckResult:
     compressed_clusters: int = 0
     #: The first :data:`MAX_FINDINGS` findings; the counts above are always whole.
     findings: list[Finding] = field(default_factory=list)
+    #: After a repair: what is still wrong.
+    left: list[Finding] = field(default_factory=list)
+    #: After a repair: COPIED flags that were changed, :data:`MAX_FINDINGS` at most.
+    flag_changes: list[FlagChange] = field(default_factory=list)
+    #: After a repair: the refcounts were built anew, in another place. Then these are the clusters
+    #: of the old ones, which are free now.
+    rebuilt: bool = False
+    released: list[int] = field(default_factory=list)
+    cluster_size: int = 0
 
     MAX_FINDINGS: ClassVar[int] = 10_000
 

@@ -44,7 +44,9 @@ cdef enum q2_finding_code:
 cdef struct q2_finding:
     int32_t code
     uint64_t host_off
-    uint64_t guest_off       # NO_GUEST_OFF where there is none
+    # NO_GUEST_OFF where there is none; what belongs to no guest range but to one of several (a
+    # refcount block, a snapshot) has its number here.
+    uint64_t guest_off
     uint64_t expected
     uint64_t found
 
@@ -96,6 +98,7 @@ cdef struct q2_census:
     uint64_t wrong_flags     # of these, COPIED flags that do not match a refcount
     uint64_t leaks
     uint64_t check_errors
+    bint refcounts_lost      # a cluster in use has a refcount of 0
     # Something was found that may hide references, so a refcount that looks too high may not be.
     bint refs_hidden
     # That, or refcounts that cannot be trusted themselves.

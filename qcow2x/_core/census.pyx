@@ -317,7 +317,7 @@ cdef void count_compressed(q2_census *c, const q2_l2_ref *ref, q2_l2e e,
         note(c, FOUND_COMPRESSED_IN_DATA_FILE, host_off, guest_off, 0, e.entry, ref.refs)
         return
     if e.bitmap:
-        note(c, FOUND_COMPRESSED_BITMAP, host_off, guest_off, 0, e.bitmap, ref.refs)
+        note(c, FOUND_COMPRESSED_BITMAP, host_off, guest_off, 0, e.entry, ref.refs)
         return
     count_region(c, host_off, compressed_bytes(&c.g, e), guest_off, ref.refs)
     if not c.first_pass:
@@ -417,16 +417,16 @@ cdef void count_refblocks(q2_census *c) noexcept nogil:
         host_off = c.rt[rb_idx] & Q2_RTE_OFFSET_MASK
         host_cl = host_off >> c.g.cluster_bits
         if c.rt[rb_idx] & Q2_RTE_RESERVED_MASK:
-            note(c, FOUND_RT_RESERVED, host_off, NO_GUEST, host_off, c.rt[rb_idx], 1)
+            note(c, FOUND_RT_RESERVED, host_off, rb_idx, host_off, c.rt[rb_idx], 1)
         elif host_off & (c.g.cluster_size - 1):
-            note(c, FOUND_RB_MISALIGNED, host_off, NO_GUEST, 0, rb_idx, 1)
+            note(c, FOUND_RB_MISALIGNED, host_off, rb_idx, 0, rb_idx, 1)
         elif host_cl >= c.n_seen:
-            note(c, FOUND_RB_BEYOND_END, host_off, NO_GUEST, c.file_size, rb_idx, 1)
+            note(c, FOUND_RB_BEYOND_END, host_off, rb_idx, c.file_size, rb_idx, 1)
         else:
             count_region(c, host_off, c.g.cluster_size, NO_GUEST, 1)
             if not in_window(c, host_cl) or get_count(c, host_cl) == 1:
                 continue
-            note(c, FOUND_RB_SHARED, host_off, NO_GUEST, 1, get_count(c, host_cl), 1)
+            note(c, FOUND_RB_SHARED, host_off, rb_idx, 1, get_count(c, host_cl), 1)
         c.rb_bad[rb_idx] = True
 
 
@@ -467,6 +467,8 @@ cdef void compare_refblock(q2_census *c, uint64_t rb_idx, const uint8_t *block) 
             continue
         c.highest_cluster = first + i
         if stored < counted:
+            if stored == 0:
+                c.refcounts_lost = True
             note(c, FOUND_REFCOUNT_LOW, (first + i) << c.g.cluster_bits, NO_GUEST, counted, stored,
                  1)
         elif stored > counted:

@@ -2,7 +2,7 @@
 # Works on the storage alone, past all caches, so whoever has the image open flushes first.
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 
-from qcow2x._core.census cimport q2_census
+from qcow2x._core.census cimport q2_census, q2_finding
 from qcow2x._core.header cimport Header
 from qcow2x._core.storage cimport Storage
 
@@ -22,6 +22,8 @@ cdef class Checker:
     cdef readonly list l1_tables     # [(offset, entries, active)] of those that can be walked
     cdef readonly set shared_l2      # offsets of L2 tables where something else lies as well
     cdef readonly list missing_blocks   # refcount blocks that clusters in use need
+    cdef readonly set used_blocks    # refcount blocks of clusters that something refers to
+    cdef dict snapshot_names         # of those that were found wrong, by their place in the table
     cdef readonly bint rt_shared     # something else lies where the refcount table does
 
     # One pass: every reference to the clusters of the window, then what that says of them.
@@ -45,3 +47,4 @@ cdef class Checker:
     cdef bint read(self, void *dst, uint64_t nbytes, uint64_t host_off) except? 0
     cdef object read_bytes(self, uint64_t nbytes, uint64_t host_off)
     cdef int report(self, bint at_end) except -1
+    cdef object finding_of(self, const q2_finding *f)

@@ -20,6 +20,7 @@ from libc.string cimport memset
 from qcow2x._core.census cimport *
 from qcow2x._core.errors cimport check_status
 from qcow2x._core.geometry cimport set_geometry
+from qcow2x._core.refblock cimport get_refcount
 from qcow2x._core.header cimport Header
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
@@ -94,6 +95,16 @@ FINDINGS = (
      "write the snapshot table anew with the first 1024 bytes of it"),
 )
 
+#: The same in one word each, which stays what it is.
+CODES = (
+    "beyond-end", "overflow", "l1-reserved", "l1-no-table", "l1-misaligned", "l2-reserved",
+    "compressed-copied", "compressed-in-data-file", "compressed-bitmap", "bitmap-contradicts",
+    "bitmap-without-cluster", "data-misaligned", "zero-misaligned", "l1-copied", "l2-copied",
+    "reftable-reserved", "refblock-misaligned", "refblock-beyond-end", "refblock-shared",
+    "refcount-low", "leak", "refblock-unreadable", "snapshot-l1", "snapshot-incomplete",
+    "snapshot-data-file", "bitmap-directory", "bitmap-entry", "read-error", "snapshot-extra",
+)
+
 
 cdef class Checker:
     """One look at the image in ``storage``; :meth:`check`, then :meth:`result`.
@@ -112,6 +123,8 @@ cdef class Checker:
         self.l1_tables = []
         self.shared_l2 = set()
         self.missing_blocks = []
+        self.used_blocks = set()
+        self.snapshot_names = {}
         set_geometry(&self.c.g, header.fields.version, header.fields.cluster_bits,
                      header.fields.refcount_order,
                      header.fields.incompat & Q2_INCOMPAT_EXTL2 != 0)
@@ -197,8 +210,10 @@ cdef class Checker:
                         miss_refblock(&self.c, rb_idx)
                         st = Q2_OK
                 check_status(st, self.storage.name)
-            if (host_off == 0 or self.c.rb_bad[rb_idx]) and is_block_used(&self.c, rb_idx):
-                self.missing_blocks.append(rb_idx)
+            if is_block_used(&self.c, rb_idx):
+                self.used_blocks.add(rb_idx)
+                if host_off == 0 or self.c.rb_bad[rb_idx]:
+                    self.missing_blocks.append(rb_idx)
             self.report(False)
         return 0
 
@@ -322,7 +337,7 @@ cdef class Checker:
         cdef uint32_t i, n = self.header.fields.nb_snapshots
         cdef uint64_t l1_total = 0
         if n and self.c.has_data_file:
-            note(&self.c, FOUND_SNAPSHOT_DATA_FILE, start, NO_GUEST, 0, n, 1)
+            note(&self.c, FOUND_SNAPSHOT_DATA_FILE, start, 0, 0, n, 1)
         at = start
         for i in range(n):
             at = (at + 7) & ~<uint64_t>7
@@ -332,18 +347,24 @@ cdef class Checker:
             l1_offset = int.from_bytes(entry[0:8], "big")
             l1_size = int.from_bytes(entry[8:12], "big")
             extra = int.from_bytes(entry[36:40], "big")
-            at += 40 + extra + int.from_bytes(entry[12:14], "big") + int.from_bytes(
-                entry[14:16], "big")
+            id_bytes = int.from_bytes(entry[12:14], "big")
+            name_bytes = int.from_bytes(entry[14:16], "big")
+            names_at = at + 40 + extra
+            at = names_at + id_bytes + name_bytes
             if extra > MAX_SNAPSHOT_EXTRA or at - start > Q2_MAX_SNAPSHOT_TABLE_BYTES:
-                note(&self.c, FOUND_SNAPSHOT_EXTRA, at, NO_GUEST, MAX_SNAPSHOT_EXTRA, extra, 1)
+                note(&self.c, FOUND_SNAPSHOT_EXTRA, at, i, MAX_SNAPSHOT_EXTRA, extra, 1)
                 return 0
             if self.c.g.version >= 3 and extra < 16:
-                note(&self.c, FOUND_SNAPSHOT_INCOMPLETE, at, NO_GUEST, 16, extra, 1)
+                note(&self.c, FOUND_SNAPSHOT_INCOMPLETE, at, i, 16, extra, 1)
             # Tables of their own fit in the file together: more than that is no table list but an
             # attempt to keep a checker busy.
             if (l1_offset & (self.c.g.cluster_size - 1) or l1_size * 8 > Q2_MAX_L1_BYTES
                     or l1_total + l1_size * 8 > self.c.file_size + self.c.g.cluster_size * n):
-                note(&self.c, FOUND_SNAPSHOT_L1, l1_offset, NO_GUEST, 0, l1_size, 1)
+                names = self.read_bytes(id_bytes + name_bytes, names_at) or b""
+                self.snapshot_names[i] = "%s (%s)" % (
+                    names[:id_bytes].decode("utf-8", "surrogateescape"),
+                    names[id_bytes:].decode("utf-8", "surrogateescape"))
+                note(&self.c, FOUND_SNAPSHOT_L1, l1_offset, i, 0, l1_size, 1)
                 continue
             l1_total += l1_size * 8
             self.count_l1_table(l1_offset, l1_size, False)
@@ -403,6 +424,11 @@ cdef class Checker:
         return bool(self.c.refs_hidden)
 
     @property
+    def refcounts_lost(self):
+        """Whether a cluster in use has a refcount of 0: then any writer may take it away."""
+        return bool(self.c.refcounts_lost)
+
+    @property
     def wrong_flags(self):
         """How many of the corruptions are COPIED flags that do not match their refcount."""
         return self.c.wrong_flags
@@ -423,7 +449,53 @@ cdef class Checker:
 
     def findings(self):
         """The first :data:`CheckResult.MAX_FINDINGS` of what was found."""
-        return [finding_of(&self.c.findings[i]) for i in range(self.c.n_findings)]
+        return [self.finding_of(&self.c.findings[i]) for i in range(self.c.n_findings)]
+
+    cdef object finding_of(self, const q2_finding *f):
+        kind, structure, sentence, action = FINDINGS[f.code]
+        guest = index = refcount = subject = None
+        if f.guest_off != NO_GUEST:
+            if structure in ("reftable", "snapshot"):
+                index = f.guest_off
+            else:
+                guest = f.guest_off
+        if structure == "l1" and guest is not None:
+            index = guest >> (self.c.g.cluster_bits + self.c.g.l2_bits)
+        elif structure == "l2" and guest is not None:
+            index = (guest >> self.c.g.cluster_bits) & (self.c.g.l2_entries - 1)
+        if f.code == FOUND_L1_COPIED or f.code == FOUND_L2_COPIED:
+            refcount = self.stored_refcount(f.host_off >> self.c.g.cluster_bits)
+        if structure == "snapshot" and index is not None:
+            subject = self.snapshot_names.get(index)
+        return Finding(
+            kind=kind,
+            structure=structure,
+            offset=f.host_off,
+            message=sentence,
+            guest_offset=guest,
+            expected=f.expected,
+            found=f.found,
+            action=action,
+            code=CODES[f.code],
+            index=index,
+            refcount=refcount,
+            subject=subject,
+        )
+
+    def stored_refcount(self, uint64_t host_cl):
+        """The refcount of a cluster as it stands in the file; None where it cannot be read."""
+        cdef uint64_t host_off = self.block_offset(host_cl >> self.c.g.refblock_bits)
+        cdef q2_status st
+        if self.c.has_data_file:
+            return 1
+        if host_off == 0:
+            return 0
+        with nogil:
+            st = self.storage.read_at(Q2_SITE_CHECK_READ, self.buf, self.c.g.cluster_size, host_off)
+        if st != Q2_OK:
+            return None
+        return get_refcount(self.buf, self.c.g.refcount_order,
+                            host_cl & ((<uint64_t>1 << self.c.g.refblock_bits) - 1))
 
     def result(self):
         """A :class:`qcow2x.types.CheckResult`, with the counts of ``qemu-img check``."""
@@ -440,21 +512,8 @@ cdef class Checker:
             fragmented_clusters=self.c.fragmented,
             compressed_clusters=self.c.compressed,
             findings=self.findings(),
+            cluster_size=self.c.g.cluster_size,
         )
-
-
-cdef object finding_of(const q2_finding *f):
-    kind, structure, sentence, action = FINDINGS[f.code]
-    return Finding(
-        kind=kind,
-        structure=structure,
-        offset=f.host_off,
-        message=sentence,
-        guest_offset=None if f.guest_off == NO_GUEST else f.guest_off,
-        expected=f.expected,
-        found=f.found,
-        action=action,
-    )
 
 
 cdef object dirty_bitmap_tables(bytes raw, uint64_t count, uint64_t cluster_size,

@@ -557,6 +557,11 @@ cdef class Header:
         return self.fields.incompat & Q2_INCOMPAT_CORRUPT != 0
 
     @property
+    def has_unknown_autoclear(self):
+        """Whether autoclear bits are set that are not known here: whoever writes clears them."""
+        return self.fields.autoclear & ~(Q2_AUTOCLEAR_BITMAPS | Q2_AUTOCLEAR_RAW_DATA) != 0
+
+    @property
     def has_data_file(self):
         return self.fields.incompat & Q2_INCOMPAT_DATA_FILE != 0
 

@@ -17,6 +17,8 @@ from qcow2x._core.storage cimport Storage
 from qcow2x._core.wire cimport (Q2_BITMAP_ALL_ALLOC, Q2_L1E_OFFSET_MASK, Q2_L2E_OFFSET_MASK,
                                 Q2_OFLAG_COPIED, Q2_OFLAG_ZERO, q2_load_be64, q2_store_be64)
 
+from qcow2x.types import CheckResult, FlagChange
+
 cdef extern from "qcow2x/format.h" nogil:
     const uint64_t Q2_L1E_RESERVED_MASK, Q2_L2E_STD_RESERVED_MASK
 
@@ -194,11 +196,13 @@ cdef class RefcountFixer(Checker):
     cdef bint down
     cdef bint flags
     cdef readonly uint64_t flags_set     # COPIED flags that were changed
+    cdef readonly list flag_changes      # the first of them
 
     def fix(self, write, bint up, bint down, bint flags, keep_out):
         self.write = write
         self.up, self.down, self.flags = up, down, flags
         self.keep_out = keep_out
+        self.flag_changes = []
         self.check()
 
     cdef int settle_window(self) except -1:
@@ -233,7 +237,7 @@ cdef class RefcountFixer(Checker):
         while at < n:
             part = min(n - at, self.buf_bytes // 8)
             if self.read(self.buf, part * 8, host_off + at * 8):
-                n_set = set_flags_l1(&self.c, self.buf, part)
+                n_set = self.set_flags_l1(at, part)
                 self.put_flags(n_set, part * 8, host_off + at * 8)
             at += part
         for i in range(self.c.n_l2_refs):
@@ -242,7 +246,7 @@ cdef class RefcountFixer(Checker):
                 continue
             if host_off & (cluster_size - 1) or not self.read(self.buf, cluster_size, host_off):
                 continue
-            n_set = set_flags_l2(&self.c, self.buf)
+            n_set = self.set_flags_l2(self.c.l2_refs[i].l1_idx)
             self.put_flags(n_set, cluster_size, host_off)
             self.report(False)
         return 0
@@ -255,6 +259,52 @@ cdef class RefcountFixer(Checker):
         self.write(step, PyBytes_FromStringAndSize(<const char *>self.buf, nbytes), host_off)
         return 0
 
+    # How many flags of the n entries in the buffer were changed, the first of which is entry l1_idx.
+    cdef uint64_t set_flags_l1(self, uint64_t l1_idx, uint64_t n) except? 0xFFFFFFFFFFFFFFFF:
+        cdef uint64_t i, entry, better, n_set = 0
+        cdef uint32_t shift = self.c.g.cluster_bits + self.c.g.l2_bits
+        for i in range(n):
+            entry = q2_load_be64(self.buf + 8 * i)
+            if entry & Q2_L1E_OFFSET_MASK == 0:
+                continue
+            better = with_flag(&self.c, entry, entry & Q2_L1E_OFFSET_MASK)
+            if better != entry:
+                q2_store_be64(self.buf + 8 * i, better)
+                n_set += 1
+                self.note_change("l1", l1_idx + i, (l1_idx + i) << shift, entry,
+                                 entry & Q2_L1E_OFFSET_MASK)
+        return n_set
+
+    cdef uint64_t set_flags_l2(self, uint64_t l1_idx) except? 0xFFFFFFFFFFFFFFFF:
+        cdef uint64_t i, better, n_set = 0
+        cdef uint64_t guest_off = l1_idx << (self.c.g.cluster_bits + self.c.g.l2_bits)
+        cdef uint8_t *at
+        cdef q2_l2e e
+        for i in range(self.c.g.l2_entries):
+            at = self.buf + (i << self.c.g.l2_entry_bits)
+            e = load_l2e(&self.c.g, at)
+            if is_compressed(e) or e.entry & Q2_L2E_OFFSET_MASK == 0:
+                continue
+            if self.c.has_data_file:
+                # There every cluster is its guest cluster's own.
+                better = e.entry | Q2_OFLAG_COPIED
+            else:
+                better = with_flag(&self.c, e.entry, e.entry & Q2_L2E_OFFSET_MASK)
+            if better != e.entry:
+                q2_store_be64(at, better)
+                n_set += 1
+                self.note_change("l2", i, guest_off + (i << self.c.g.cluster_bits), e.entry,
+                                 e.entry & Q2_L2E_OFFSET_MASK)
+        return n_set
+
+    cdef int note_change(self, str structure, uint64_t index, uint64_t guest_off, uint64_t entry,
+                         uint64_t host_off) except -1:
+        cdef uint64_t host_cl = host_off >> self.c.g.cluster_bits
+        if len(self.flag_changes) < CheckResult.MAX_FINDINGS:
+            count = 1 if self.c.has_data_file else get_count(&self.c, host_cl)
+            self.flag_changes.append(FlagChange(structure, index, guest_off, entry, count))
+        return 0
+
 
 # The entry with the flag that the refcount of its cluster asks for.
 cdef inline uint64_t with_flag(const q2_census *c, uint64_t entry, uint64_t host_off) noexcept:
@@ -264,37 +314,3 @@ cdef inline uint64_t with_flag(const q2_census *c, uint64_t entry, uint64_t host
     if get_count(c, host_cl) == 1:
         return entry | Q2_OFLAG_COPIED
     return entry & ~Q2_OFLAG_COPIED
-
-
-# How many flags of a table of n entries were changed.
-cdef uint64_t set_flags_l1(const q2_census *c, uint8_t *table, uint64_t n) noexcept:
-    cdef uint64_t i, entry, better, n_set = 0
-    for i in range(n):
-        entry = q2_load_be64(table + 8 * i)
-        if entry & Q2_L1E_OFFSET_MASK == 0:
-            continue
-        better = with_flag(c, entry, entry & Q2_L1E_OFFSET_MASK)
-        if better != entry:
-            q2_store_be64(table + 8 * i, better)
-            n_set += 1
-    return n_set
-
-
-cdef uint64_t set_flags_l2(const q2_census *c, uint8_t *table) noexcept:
-    cdef uint64_t i, better, n_set = 0
-    cdef uint8_t *at
-    cdef q2_l2e e
-    for i in range(c.g.l2_entries):
-        at = table + (i << c.g.l2_entry_bits)
-        e = load_l2e(&c.g, at)
-        if is_compressed(e) or e.entry & Q2_L2E_OFFSET_MASK == 0:
-            continue
-        if c.has_data_file:
-            # There every cluster is its guest cluster's own.
-            better = e.entry | Q2_OFLAG_COPIED
-        else:
-            better = with_flag(c, e.entry, e.entry & Q2_L2E_OFFSET_MASK)
-        if better != e.entry:
-            q2_store_be64(at, better)
-            n_set += 1
-    return n_set

@@ -13,7 +13,7 @@ from qcow2x.cli.formatopts import (
     wants_help,
 )
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import (
     CREATE_OPTIONS,
     FORMAT,
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
                     "No keyslots match given (old) password for erase operation"
                 ) from None
             except Exception as exc:
-                raise failure(exc, name=node.filename) from exc
+                raise failure(exc, name=stored_in(node)) from exc
     return 0
 
 

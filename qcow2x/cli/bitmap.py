@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import FORMAT, IMAGE_OPTS, OBJECT, Option, image_size, parse
 from qcow2x.cli.report import CommandError
 
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
                 _ACTION[action](node, bitmap, other, value or granularity)
             except Exception as exc:
                 doing = f"Operation {action} on bitmap {bitmap} failed"
-                raise failure(exc, doing, node.filename) from exc
+                raise failure(exc, doing, stored_in(node)) from exc
     return 0
 
 

@@ -6,13 +6,27 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from qcow2x.cli.options import FORMAT, OUTPUT, QUIET, SHARE, Option, UsageError, one_file, parse
+from qcow2x.cli.objects import read_objects
+from qcow2x.cli.opening import failure, open_disk, stored_in
+from qcow2x.cli.options import (
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    QUIET,
+    SHARE,
+    Option,
+    UsageError,
+    one_file,
+    parse,
+)
 from qcow2x.cli.options import output_format as read_output_format
-from qcow2x.cli.report import program, report
+from qcow2x.cli.report import CommandError, program, report, tool
 from qcow2x.cli.text import json_text
 
 if TYPE_CHECKING:
     from qcow2x.cli.options import Parsed
+    from qcow2x.types import CheckResult
 
 OPTIONS = (
     QUIET,
@@ -26,9 +40,11 @@ OPTIONS = (
     Option("", "force", None, "with --undo: even if the image was written to since"),
     Option("T", "src-cache", "MODE", "cache mode for reading the image"),
     SHARE,
+    OBJECT,
+    IMAGE_OPTS,
 )
 USAGE = (
-    "[-q] [-f FMT] [--output=human|json] [-r leaks|all [--dry-run] [--journal FILE|--no-journal]] "
+    "[--object OBJECT] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all [--dry-run] [--journal FILE|--no-journal]] "
     "[--undo JOURNAL [--force]] [-T MODE] [-U] FILE"
 )
 
@@ -38,48 +54,64 @@ EXIT_NOT_SUPPORTED = 63
 
 
 def main(argv: list[str]) -> int:
-    from qcow2x.ops.check import check
-    from qcow2x.ops.disk import probe_format
-
     parsed = parse("check", USAGE, OPTIONS, argv)
-    style = read_output_format(parsed)
     repair = parsed.value("repair")
     if repair not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {repair}")
     path = one_file(parsed)
+    style = read_output_format(parsed)
     if parsed.value("undo") is not None:
         return _undo(parsed, path)
     if repair is None and (parsed.flag("dry-run") or parsed.value("journal") is not None):
         raise UsageError("--dry-run and --journal go with -r")
-    format = parsed.value("format") or probe_format(path)
-    if format != "qcow2":
-        report("This image format does not support checks")
-        return EXIT_NOT_SUPPORTED
+    cache = parsed.value("src-cache", "writeback") or ""
+    from qcow2x.drivers.opening import CACHE_FLAGS
+
+    if cache not in CACHE_FLAGS:
+        raise CommandError(f"Invalid source cache option: {cache}")
     dry_run = parsed.flag("dry-run")
-    journal = None if dry_run else _journal(parsed, path)
-    result = check(
+    with open_disk(
         path,
-        repair=repair,
-        dry_run=dry_run,
-        journal=journal,
-        cache=parsed.value("src-cache", "writeback") or "",
-        lock=not parsed.flag("force-share"),
-    )
-    _print_findings(result, repair is not None)
-    if journal is not None and os.path.exists(journal):
-        report(
-            f"what the repair has changed is kept in {journal}; to undo it: "
-            f"{program()} check --undo {journal} {path}"
-        )
-    if style == "json":
-        print(json_text(_members(path, format, result)))
-    elif not parsed.flag("quiet"):
-        _print_human(result)
+        parsed.value("format"),
+        image_opts=parsed.flag("image-opts"),
+        secrets=read_objects(parsed.values("object")),
+        force_share=parsed.flag("force-share"),
+        writable=repair is not None and not dry_run,
+        cache=cache,
+        # What only reads or corrects the tables needs neither a key nor what lies below.
+        io=False,
+        backing=False,
+    ) as node:
+        if node.driver != "qcow2":
+            report("This image format does not support checks")
+            return EXIT_NOT_SUPPORTED
+        journal = None if dry_run else _journal(parsed, path)
+        try:
+            result = _look(node.children["file"].storage, repair, dry_run, journal)
+        except Exception as exc:
+            raise failure(exc, name=stored_in(node)) from exc
+        _print_findings(result, repair, dry_run)
+        if journal is not None and os.path.exists(journal):
+            report(
+                f"what the repair has changed is kept in {journal}; to undo it: "
+                f"{program()} check --undo {journal} {path}"
+            )
+        if style == "json" and not parsed.flag("quiet"):
+            print(json_text(_in_qemu_order(_members(path, node.driver, result))))
+        elif not parsed.flag("quiet"):
+            _print_human(result)
     if result.check_errors:
-        return 1
+        raise CommandError("Check failed")
     if result.corruptions:
         return EXIT_CORRUPT
     return EXIT_LEAKS if result.leaks else 0
+
+
+def _look(storage: Any, repair: str | None, dry_run: bool, journal: str | None) -> CheckResult:
+    from qcow2x.ops.check import check_storage, load_header
+
+    header = load_header(storage, repair == "all")
+    return check_storage(storage, header, repair=repair, dry_run=dry_run, journal=journal)
 
 
 def _journal(parsed: Parsed, path: str) -> str | None:
@@ -88,7 +120,8 @@ def _journal(parsed: Parsed, path: str) -> str | None:
     named = parsed.value("journal")
     if named is not None or parsed.value("repair") != "all" or parsed.flag("no-journal"):
         return named
-    return default_journal(path)
+    # qemu-img keeps nothing, and who calls its stand-in expects no new files.
+    return default_journal(path) if tool() == "qcow2x" else None
 
 
 def _undo(parsed: Parsed, path: str) -> int:
@@ -107,15 +140,33 @@ def _undo(parsed: Parsed, path: str) -> int:
     return 0
 
 
-def _print_findings(result: Any, repairing: bool) -> None:
-    for finding in result.findings:
-        told = f"{finding.message} (offset {finding.offset:#x}"
-        if finding.guest_offset is not None:
-            told += f", guest offset {finding.guest_offset:#x}"
-        told += ")"
-        if repairing and finding.action is not None:
-            told += f": {finding.action}"
-        print(told, file=sys.stderr)
+def _print_findings(result: CheckResult, repair: str | None, dry_run: bool) -> None:
+    from qcow2x.cli.checktext import check_lines, repair_lines
+
+    if dry_run:
+        for finding in result.findings:
+            told = f"{finding.message} (offset {finding.offset:#x}"
+            if finding.guest_offset is not None:
+                told += f", guest offset {finding.guest_offset:#x}"
+            told += ")" if finding.action is None else f"): {finding.action}"
+            print(told, file=sys.stderr)
+        return
+    if repair is None:
+        lines = check_lines(result.findings, result.cluster_size)
+    else:
+        lines = repair_lines(result, repair)
+    for line in lines:
+        print(line, file=sys.stderr)
+    if result.corruptions_fixed or result.leaks_fixed:
+        # The second look.
+        for line in check_lines(result.left, result.cluster_size):
+            print(line, file=sys.stderr)
+
+
+def _in_qemu_order(members: dict[str, Any]) -> dict[str, Any]:
+    from qcow2x.drivers.naming import in_qemu_order
+
+    return {key: members[key] for key in in_qemu_order(list(members))}
 
 
 def _members(path: str, format: str, result: Any) -> dict[str, Any]:

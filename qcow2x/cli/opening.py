@@ -44,6 +44,13 @@ def open_disk(
     return node
 
 
+def stored_in(node: Node) -> str:
+    """The name of the file at the bottom, with which messages of the library begin."""
+    while node.file is not None:
+        node = node.file
+    return node.storage.name
+
+
 def failure(exc: Exception, doing: str = "", name: str = "") -> CommandError:
     """What a command ends with when ``exc`` came up, behind what it was doing. Of an error that
     begins with the ``name`` of the image only the rest is told. An exception that tells of a bug is

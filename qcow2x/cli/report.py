@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-_program = "qcow2x"
+_tool = _program = "qcow2x"
 
 
 class CommandError(Exception):
@@ -20,7 +20,8 @@ class CommandError(Exception):
 def set_program(default: str, argv0: str | None) -> None:
     """Messages begin with the name in *argv0*, so that a link called qemu-img speaks as one; with
     *default* where that is None or a Python file (``python -m``)."""
-    global _program
+    global _program, _tool
+    _tool = default
     name = os.path.basename(argv0 or "")
     _program = default if not name or name.startswith("-") or name.endswith(".py") else name
 
@@ -28,6 +29,11 @@ def set_program(default: str, argv0: str | None) -> None:
 def program() -> str:
     """The name that the program was called by, which stands before each message."""
     return _program
+
+
+def tool() -> str:
+    """The tool that runs, whatever it was called by."""
+    return _tool
 
 
 def report(message: str, hint: str = "") -> None:

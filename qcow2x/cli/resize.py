@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import FORMAT, IMAGE_OPTS, OBJECT, QUIET, Option, UsageError, parse
 from qcow2x.cli.report import CommandError, report, warn
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             node.resize(new, shrink=new < old, preallocation=preallocation)
             node.flush()
         except Exception as exc:
-            raise failure(exc, name=node.filename) from exc
+            raise failure(exc, name=stored_in(node)) from exc
     if not parsed.flag("quiet"):
         print("Image resized.")
     return 0

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import failure, open_disk
+from qcow2x.cli.opening import failure, open_disk, stored_in
 from qcow2x.cli.options import (
     IMAGE_OPTS,
     OBJECT,
@@ -120,7 +120,7 @@ def _apply(node: Node, name: str) -> None:
         reason = os.strerror(errno.ENOENT)
         raise CommandError(f"{doing}: Failed to load snapshot: {reason}") from None
     except Exception as exc:
-        raise failure(exc, f"{doing}: Failed to load snapshot") from exc
+        raise failure(exc, f"{doing}: Failed to load snapshot", stored_in(node)) from exc
 
 
 def _delete(node: Node, name: str) -> None:
@@ -138,4 +138,4 @@ def _delete(node: Node, name: str) -> None:
             # It is gone; its clusters have leaked.
             print(f"qcow2_free_clusters failed: {reason(exc)}", file=sys.stderr)
             doing += ": Failed to free the cluster and L1 table"
-        raise failure(exc, doing) from exc
+        raise failure(exc, doing, stored_in(node)) from exc

@@ -7,6 +7,7 @@ import os
 import stat
 from typing import ClassVar
 
+from qcow2x.drivers import naming
 from qcow2x.drivers import options as opts
 from qcow2x.drivers.errors import OptionError
 from qcow2x.drivers.node import Node
@@ -26,7 +27,11 @@ class FileNode(Node):
 
     @classmethod
     def parse_filename(cls, filename: str, options: Options) -> None:
-        options["filename"] = filename.removeprefix(cls.prefix)
+        path = filename.removeprefix(cls.prefix)
+        if path != filename and naming.has_protocol(path):
+            # It must not look as if it began with another protocol.
+            path = f"./{path}"
+        options["filename"] = path
 
     def open(self, options: Options) -> None:
         path = opts.take_text(options, "filename") or ""

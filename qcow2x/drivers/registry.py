@@ -25,6 +25,7 @@ DRIVERS = {
     "nbd": ("nbd", "NbdNode"),
     "null-co": ("null", "NullNode"),
     "qcow2": ("qcow2", "Qcow2Node"),
+    "quorum": ("quorum", "QuorumNode"),
     "raw": ("raw", "RawNode"),
 }
 

@@ -24,6 +24,7 @@ from qcow2x.types import CheckResult, Finding, Progress
 
 REPAIRS = (None, "leaks", "all")
 _PAGE = 4096
+_OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 # Header fields with which a wrong place of the refcount table is reported (the L1 table's offset, if
 # the two overlap): the table can be made anew.
 _RT_FIELDS = (40, 48, 56)
@@ -94,9 +95,10 @@ def check_storage(
     before = looked.result()
     if repair is None:
         return before
-    if repair == "leaks" and (not before.leaks or looked.refs_uncertain):
+    outdated = header.dirty or header.corrupt or header.has_unknown_autoclear
+    if before.clean and not outdated:
         return before
-    if before.clean and not (repair == "all" and (header.dirty or header.corrupt)):
+    if repair == "leaks" and not before.clean and (not before.leaks or looked.refs_uncertain):
         return before
     plan = _Repair(storage, header, looked, repair, progress)
     try:
@@ -185,6 +187,11 @@ class _Repair:
         self._flags_wrong = looked.wrong_flags
         self._spoiled = [i for i, (_, good) in enumerate(looked.refcount_table()) if not good]
         self._rt_spoiled = looked.rt_shared
+        # Where a cluster in use counts as free the refcounts are worth nothing: new ones are made in
+        # another place, and one write of the header takes them into use.
+        self._anew = looked.refcounts_lost
+        self._rebuilt = False
+        self._released: list[int] = []
         self._space = Space(self.overlay, storage, header.cluster_size, looked.end_of_use)
 
     def make(self) -> CheckResult:
@@ -206,10 +213,13 @@ class _Repair:
             self._looked.shared_l2,
         )
         self._flags_set = fixer.flags_set
+        self._flag_changes = sorted(
+            fixer.flag_changes, key=lambda change: (change.guest_offset, change.structure)
+        )
         looked = Checker(self._view, self._header, self._progress, "verify").check()
         self._flags_left = looked.wrong_flags
         verified = looked.result()
-        if self._scope != "leaks" and not verified.corruptions and not verified.check_errors:
+        if not verified.corruptions and not verified.check_errors:
             self._mender().mark_sound()
         return verified
 
@@ -245,6 +255,10 @@ class _Repair:
             corruptions_fixed=max(0, fixed + self._flags_set),
             leaks_fixed=max(0, before.leaks - after.leaks),
             findings=findings[: CheckResult.MAX_FINDINGS],
+            left=after.findings,
+            flag_changes=self._flag_changes,
+            rebuilt=self._rebuilt,
+            released=self._released,
         )
 
     def _mender(self) -> Mender:
@@ -274,12 +288,36 @@ class _Repair:
 
     def _place_refcounts(self) -> None:
         looked = self._looked
-        damaged = [i for i, (_, good) in enumerate(looked.refcount_table()) if not good]
+        table = looked.refcount_table()
+        damaged = {i for i, (_, good) in enumerate(table) if not good}
         spoiled = {*self._spoiled, *damaged}
-        rt_spoiled = self._rt_spoiled or looked.rt_shared or not looked.refcount_table()
-        if spoiled or rt_spoiled or looked.missing_blocks:
-            self._mender().place_refcounts(looked, spoiled, rt_spoiled)
-            self._header = load_header(self._view)
+        rt_spoiled = self._rt_spoiled or looked.rt_shared or not table
+        if self._anew and table:
+            spoiled |= {i for i, (entry, _) in enumerate(table) if entry}
+            rt_spoiled = True
+        if not (spoiled or rt_spoiled or looked.missing_blocks):
+            return
+        old = self._header
+        self._mender().place_refcounts(looked, spoiled, rt_spoiled)
+        self._header = load_header(self._view)
+        self._rebuilt = bool(spoiled or rt_spoiled or looked.refcounts_lost)
+        self._released = _clusters_of_refcounts(old, table, spoiled, rt_spoiled)
+
+
+def _clusters_of_refcounts(
+    header: Header, table: list[tuple[int, bool]], blocks: set[int], with_table: bool
+) -> list[int]:
+    """The clusters that held refcounts which now stand elsewhere, as far as these were sound."""
+    cluster = header.cluster_size
+    found = {
+        (entry & _OFFSET_MASK) // cluster
+        for i, (entry, good) in enumerate(table)
+        if i in blocks and good and entry
+    }
+    if with_table:
+        first = header.refcount_table_offset // cluster
+        found |= set(range(first, first + header.refcount_table_clusters))
+    return sorted(found)
 
 
 def _without_action(findings: Iterable[Finding]) -> Iterable[Finding]:

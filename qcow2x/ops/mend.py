@@ -110,7 +110,7 @@ class Mender:
         first = self._space.end // cluster
         old = looked.refcount_table()
         table = [0 if i in spoiled else entry for i, (entry, _) in enumerate(old)]
-        needed = {i for i in spoiled if i * per_block < first} | set(looked.missing_blocks)
+        needed = {i for i in spoiled if i in looked.used_blocks} | set(looked.missing_blocks)
         n_table = 1 if rt_spoiled else 0
         while True:
             # The new clusters need refcounts themselves: add until nothing is missing.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -144,4 +145,9 @@ def mark_passing(passed: set[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Ended like an interruption, so that no test is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -95,6 +95,7 @@ class Suite:
         self._programs = programs
         self._options = options
         self._timeout = timeout
+        self._running: set[subprocess.Popen[bytes]] = set()
 
     def run(
         self, tests: Sequence[str], jobs: int, tell: Callable[[Outcome], None]
@@ -107,7 +108,14 @@ class Suite:
                 tell(outcome)
                 return outcome
 
-            return list(pool.map(one, tests))
+            try:
+                return list(pool.map(one, tests))
+            except BaseException:
+                # Interrupted: what runs is in sessions of its own and hears of no signal to us.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    _kill(process)
+                raise
 
     def _run_one(self, test: str, scratch: Path) -> Outcome:
         work = scratch / test
@@ -127,14 +135,15 @@ class Suite:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._running.add(process)
         try:
             output, _ = process.communicate(timeout=self._timeout)
             late = False
         except subprocess.TimeoutExpired:
             late = True
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             output, _ = process.communicate()
+        self._running.discard(process)
         seconds = time.monotonic() - start
         _stop_daemons(work)
         outcome = _judge(test, output.decode(errors="replace"), seconds)
@@ -174,6 +183,12 @@ def _scratch() -> Iterator[Path]:
     base = os.environ.get("TEST_DIR", "/var/tmp")
     with tempfile.TemporaryDirectory(prefix="iotests-", dir=base) as name:
         yield Path(name)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """A test with all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _judge(test: str, output: str, seconds: float) -> Outcome:
