@@ -144,7 +144,9 @@ cdef q2_status change_clusters(ImageState img, uint8_t what, uint64_t guest_cl,
         elif st == Q2_MISS:
             st = load_slice(img, miss)
         guest_cl += done
-    note_change(img, start, (end_cl << img.geo.cluster_bits) - start)
+    if what != UNMAP:
+        # Who unmaps knows that the disk reads the same afterwards, or ends in front of this.
+        note_change(img, start, (end_cl << img.geo.cluster_bits) - start)
     leave_write(img, parity)
     return st
 

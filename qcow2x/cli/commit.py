@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.copying import why
@@ -60,8 +60,14 @@ def main(argv: list[str]) -> int:
         place = _place_of_base(node, path, parsed.value("base"))
         node.close()
         node = _reopened(path, parsed, place, options)
-        with _closed_at_the_end(node):
+        try:
             _commit(node, place, rate, not parsed.flag("drop") and not parsed.flag("base"), bar)
+        except BaseException:
+            # What went wrong before is what is to be told.
+            with suppress(Exception):
+                node.close()
+            raise
+        _close(node)
     if not quiet:
         print("Image committed.")
     return 0
@@ -98,12 +104,6 @@ def _reopened(path: str, parsed: Parsed, place: str, options: dict[str, Any]) ->
             raise CommandError(f"Could not reopen file: {why(cause)}") from exc
         assert isinstance(cause, Exception)
         raise failure(cause) from exc
-
-
-def _closed_at_the_end(node: Node) -> ExitStack:
-    stack = ExitStack()
-    stack.callback(_close, node)
-    return stack
 
 
 def _close(node: Node) -> None:

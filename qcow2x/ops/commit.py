@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qcow2x.errors import Cancelled
 from qcow2x.ops.chain import Link, follow, open_stacked
 from qcow2x.ops.copyjob import DATA, KEEP, ZERO, CopyJob
 from qcow2x.ops.emptying import make_empty
@@ -179,13 +178,10 @@ class _CommitJob(CopyJob):
     """A copy into a base that has the rest already. Zeros are written where the layers say that
     there are some, and are not looked for in data."""
 
+    phase = "commit"
+    cancelled = "commit cancelled; the image is as it was, its base has a part of it"
+
     def kind_of(self, extent: Extent) -> str:
         if extent.depth == self.source.depth:
             return KEEP
         return ZERO if extent.zero or not extent.data else DATA
-
-    def report(self, done: int) -> None:
-        if self.progress is not None and self.progress(done, self.size, "commit") is False:
-            if self.rate is not None:
-                self.rate.stop()
-            raise Cancelled("commit cancelled; the image is as it was, its base has a part of it")

@@ -100,6 +100,10 @@ class CopyJob:
     to. With ``keep_lower`` what the source's top layer does not hold is left as the target has it.
     """
 
+    #: What progress is told to be of, and what is said where it ends this.
+    phase = "convert"
+    cancelled = "conversion cancelled; the target was not made"
+
     def __init__(
         self,
         *,
@@ -225,10 +229,10 @@ class CopyJob:
 
     def report(self, done: int) -> None:
         self.told = done
-        if self.progress is not None and self.progress(done, self.total, "convert") is False:
+        if self.progress is not None and self.progress(done, self.total, self.phase) is False:
             if self.rate is not None:
                 self.rate.stop()
-            raise Cancelled("conversion cancelled; the target was not made")
+            raise Cancelled(self.cancelled)
 
     # Planning: from the source's metadata alone.
 

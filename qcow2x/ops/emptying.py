@@ -13,7 +13,12 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcow2x._core.image import SITE_EMPTY_IMAGE, SITE_L1_UPDATE
+from qcow2x._core.image import (
+    SITE_EMPTY_IMAGE,
+    SITE_L1_UPDATE,
+    SITE_REFBLOCK_ALLOC,
+    SITE_REFTABLE_UPDATE,
+)
 from qcow2x.bitmap import frozen
 
 if TYPE_CHECKING:
@@ -147,8 +152,8 @@ def _write_tables(image: Image, header: Header, places: _Places) -> None:
     table = struct.pack(">Q", places.refcount_block * cluster).ljust(cluster, b"\0")
     block = _refcounts_of_one(places.used, header.refcount_bits, cluster)
     image._write_meta(bytes(places.l1_clusters * cluster), places.l1 * cluster, SITE_EMPTY_IMAGE)
-    image._write_meta(block, places.refcount_block * cluster, SITE_EMPTY_IMAGE)
-    image._write_meta(table, places.refcount_table * cluster, SITE_EMPTY_IMAGE)
+    image._write_meta(block, places.refcount_block * cluster, SITE_REFBLOCK_ALLOC)
+    image._write_meta(table, places.refcount_table * cluster, SITE_REFTABLE_UPDATE)
     image._barrier()
 
 
