@@ -133,6 +133,7 @@ class _Opener:
         self.overlap_check = "cached"
         self.discard_to_host = True
         self.lazy_refcounts: bool | None = None
+        self.repaired: CheckResult | None = None
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -158,7 +159,7 @@ class _Opener:
                     from qcow2x.ops.check import rebuild_refcounts
 
                     # Whoever wrote last did not get to its end.
-                    rebuild_refcounts(storage, header)
+                    self.repaired = rebuild_refcounts(storage, header)
                     header = _load_header(storage)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
@@ -218,6 +219,7 @@ class _Opener:
                     lazy_refcounts=self._is_lazy(header),
                 )
             assert image is not None
+            image.repaired = self.repaired
             image._own(mine, self.locks, self.overlap_check == "all")
             mine, self.locks = [], []
             return image
@@ -314,6 +316,8 @@ class Image(CoreImage):
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
     _guard_all = False
+    #: What opening it has repaired, where its last writer did not get to close it; else None.
+    repaired: CheckResult | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

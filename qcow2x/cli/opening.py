@@ -41,7 +41,20 @@ def open_disk(
         raise failure(exc, f"Could not open '{name}'") from exc
     if node.driver == "raw" and node.probed and node.writable:
         print(_GUESSED_RAW.format(node.children["file"].filename), file=sys.stderr)
+    tell_of_repair(node)
     return node
+
+
+def tell_of_repair(node: Node) -> None:
+    """Says what opening an image for writing has repaired that was not closed by its last writer."""
+    while node.image is None and node.file is not None:
+        node = node.file
+    repaired = node.image.repaired if node.image is not None else None
+    if repaired is not None:
+        from qcow2x.cli.checktext import repair_lines
+
+        for line in repair_lines(repaired, "all"):
+            print(line, file=sys.stderr)
 
 
 def stored_in(node: Node) -> str:
