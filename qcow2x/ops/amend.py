@@ -153,6 +153,7 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
     )
     # Up first, as what is wanted may need it, and down last.
     if final > header.version:
+        image.snapshots._complete_fields()
         header.set_version(final)
         image._rewrite_header()
         steps.done("upgrade")

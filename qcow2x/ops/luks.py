@@ -25,19 +25,11 @@ class LuksFile(RawDisk):
         key: Any,
         lock: bool = False,
     ) -> None:
-        from qcow2x._core.luks import LuksHeader
-        from qcow2x._core.luksdisk import LuksDisk
-        from qcow2x.encryption import HEADER_BYTES, key_required, passphrase
+        from qcow2x.encryption import open_container
 
         self._container = RawDisk(source, mode, cache, lock=lock)
         try:
-            file = self._container._storage
-            header = LuksHeader.load(file.pread(HEADER_BYTES, 0), file.size(), file.name)
-            with passphrase(key, file.name) as secret:
-                cipher = header.unlock(file.pread, secret)
-            if cipher is None:
-                raise key_required(file.name, "the key opens none of the container's key slots")
-            super().__init__(LuksDisk(file, cipher, header.payload_offset), mode)
+            super().__init__(open_container(self._container._storage, key), mode)
         except BaseException:
             self._container.close()
             raise
