@@ -5,14 +5,14 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, overload
 
 from qcow2x import bitmap as _bitmap
 from qcow2x._core.header import Header
-from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
+from qcow2x.errors import CorruptImage, FormatError, ImageBroken, UnsupportedFeature
 
 if TYPE_CHECKING:
     from qcow2x.image import Image
@@ -120,15 +120,15 @@ def _damaged(storage: Storage, at: int, what: str) -> CorruptImage:
 
 
 def encode_table(snapshots: Sequence[Snapshot], version: int) -> bytes:
-    """The table's bytes. An entry keeps the amount of extra data it had, but no less than its
-    version asks for."""
+    """The table's bytes. An entry keeps the amount of extra data it had; in version 3, which asks
+    for 16 bytes, it has all that is known here."""
     out = bytearray()
     for entry in snapshots:
         ident = entry.id.encode("utf-8", "surrogateescape")
         name = entry.name.encode("utf-8", "surrogateescape")
         icount = _NO_ICOUNT if entry.icount is None else entry.icount
         extra = _EXTRA.pack(entry.vm_state_size, entry.disk_size, icount)
-        size = max(entry.extra_size, 16 if version >= 3 else 0)
+        size = max(entry.extra_size, _EXTRA.size if version >= 3 else 0)
         extra = extra[: min(size, _EXTRA.size)] + entry.unknown_extra
         state32 = min(entry.vm_state_size, 0xFFFFFFFF)
         out += _FIXED.pack(
@@ -297,6 +297,18 @@ class Snapshots(Sequence[Snapshot]):
                     gone.l1_offset, gone.l1_size, encoded_table, table_off, len(table), old
                 )
 
+    def _complete_fields(self) -> None:
+        """Gives each entry the fields that version 3 asks for, before the image becomes that."""
+        image = self._image
+        table = self._table()
+        if all(entry.extra_size >= _EXTRA.size for entry in table):
+            return
+        old = (image._header.snapshots_offset, _bytes_in_file(table))
+        encoded_table = encode_table(table, 3)
+        with self._reserved(len(encoded_table)) as table_off:
+            # As if a snapshot that holds nothing were deleted.
+            image._snapshot_delete(0, 0, encoded_table, table_off, len(table), old)
+
     def apply(self, key: str) -> None:
         """Makes the disk what it was when the snapshot was made, also its size. What was written
         since is lost, unless another snapshot holds it. Raises KeyError."""
@@ -319,9 +331,18 @@ class Snapshots(Sequence[Snapshot]):
         image = self._image
         wanted = self.get(key)
         if image.writable:
-            image.flush()
+            # What a snapshot holds was durable when it was made: it is read from an image that
+            # takes no more writes as well.
+            with suppress(ImageBroken):
+                image.flush()
         header = header_at(image._header, wanted, image.name)
-        return Image(image._file, header, backing=image._backing, cipher=image._cipher)
+        return Image(
+            image._file,
+            header,
+            backing=image._backing,
+            data=image._data if header.has_data_file else None,
+            cipher=image._cipher,
+        )
 
     def diff(self, a: str, b: str | None = None) -> Iterator[tuple[int, int]]:
         """The ranges ``(offset, length)`` in which two snapshots (or one and the disk as it is, for

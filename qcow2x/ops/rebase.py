@@ -70,7 +70,8 @@ def rebase(
     was moved, or for one that reads the same.
 
     ``references`` has to allow the old and the new layers to be opened (see :func:`qcow2x.open`),
-    but for the new backing file itself, which the caller names. ``key`` is for all encrypted
+    but for the new backing file itself, which the caller names; a callable is asked for that, too,
+    and may say where it is. ``key`` is for all encrypted
     layers. ``progress(done, total, phase)`` gets bytes; returning False raises Cancelled, and the
     old backing file stays. So it does after a cut of power, but for the very last write, of one
     sector. Durable at return.
@@ -116,7 +117,8 @@ def _new_backing(
     """The new backing file as a disk, and its number in the chain if it is there already."""
     reference = _backing.reference_to("backing", name, format, image.name)
     format = _backing.check_format(reference)
-    path = _backing.resolve(reference, "follow")
+    policy = options["references"]
+    path = _backing.resolve(reference, policy if callable(policy) else "follow")
     for depth, layer in enumerate(image.backing_chain):
         if _is_file(layer, path):
             if depth == 0:
@@ -134,7 +136,8 @@ def _is_file(layer: Any, path: Any) -> bool:
     storage = getattr(layer, "_file", layer)
     try:
         return os.path.samestat(os.fstat(storage.fileno()), os.stat(path))
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):
+        # One of them is no file: an object, which nothing else can be known of.
         return False
 
 

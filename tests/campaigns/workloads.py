@@ -409,6 +409,148 @@ def checkpoint(rng: random.Random) -> Case:
     return Case(machine, " ".join(shapes), verify)
 
 
+# ---- Layers ----
+
+
+class _Layers:
+    """A chain of images in one machine, from the base up; each names the one below it."""
+
+    def __init__(self, machine: Machine, start: dict[str, bytes]) -> None:
+        self.names = list(start)
+        self.files = {name: machine.file(data) for name, data in start.items()}
+
+    def go_on(self) -> None:
+        """Does nothing, but later: the cut that leaves just this leaves what is durable by then."""
+        file = self.files[self.names[0]]
+        file.truncate(file.size())
+
+    def left_by(self, state: State) -> dict[str, RecordedFile]:
+        return {name: _file(data) for name, data in zip(self.names, state.files, strict=True)}
+
+
+def _among(files: dict[str, RecordedFile]) -> dict[str, Any]:
+    """How to open an image whose backing files are among these."""
+    return {"references": lambda reference: files.get(reference.name)}
+
+
+def _chain(rng: random.Random, *, depth: int) -> tuple[dict[str, bytes], str]:
+    """``depth`` images one upon the other, each with data of its own, zeros over what is below, and
+    a compressed cluster; and what they are. The base may be raw, any layer shorter than the next."""
+    files: dict[str, RecordedFile] = {}
+    shapes = [rng.choice(("raw", *SHAPES)), *rng.choices(tuple(SHAPES), k=depth - 1)]
+    below: dict[str, Any] = {}
+    for level, shape in enumerate(shapes):
+        name = f"{level}.{'raw' if shape == 'raw' else 'qcow2'}"
+        size = rng.choice((SIZE, SIZE, SIZE // 2 + 512, SIZE + 16 * KiB))
+        if shape == "raw":
+            files[name] = _file(stamped(0, size, (level + 1) << 40))
+        else:
+            files[name] = file = _file(b"")
+            qcow2x.create(file, size, **SHAPES[shape], **below)
+            with qcow2x.open(file, "r+", **_among(files)) as image:
+                _change_here_and_there(image, rng, (level + 1) << 40)
+        below = {"backing_file": name, "backing_format": name.split(".")[1]}
+    return {name: bytes(file.data) for name, file in files.items()}, " ".join(shapes)
+
+
+def _change_here_and_there(image: qcow2x.Image, rng: random.Random, sequence: int) -> None:
+    for number in range(6):
+        length = rng.randrange(1, 24) * 512
+        offset = rng.randrange((image.size - length) // 512) * 512
+        image.pwrite(stamped(offset, length, sequence + number), offset)
+    cluster = image.cluster_size
+    offset = rng.randrange(image.size // cluster) * cluster
+    image.pwrite_compressed(stamped(offset, cluster, sequence + 6), offset)
+    # Zeros that hide what the layers below have.
+    image.write_zeroes(rng.randrange(image.size // 2 // 512) * 512, 20 * 512)
+
+
+def commit(rng: random.Random) -> Case:
+    """The overlay reads the same at every instant; once all is done so does its base."""
+    start, detail = _chain(rng, depth=rng.choice((2, 3)))
+    machine = Machine()
+    chain = _Layers(machine, start)
+    number = rng.randrange(1, len(chain.names))
+    base, top = chain.names[-1 - number], chain.names[-1]
+    with qcow2x.open(_file(start[top]), **_among(chain.files)) as image:
+        disk = _disk(image)
+    drop = number > 1 or rng.random() < 0.3
+    qcow2x.commit(
+        chain.files[top],
+        number if number > 1 else None,
+        drop=drop,
+        cache=rng.choice(CACHES),
+        threads=1,
+        **_among(chain.files),
+    )
+    done = machine.now
+    chain.go_on()
+
+    def verify(state: State) -> Files:
+        files = chain.left_by(state)
+        for name in chain.names:
+            if name.endswith(".qcow2"):
+                with _reopened(files[name], **_among(files)) as image:
+                    _sound(image)
+        with qcow2x.open(files[top], **_among(files)) as image:
+            if _disk(image) != disk:
+                raise Lost("the overlay reads differently")
+            if state.happened > done and not drop and any(e.depth == 0 for e in image.extents()):
+                raise Lost("the overlay was emptied and is not empty")
+        if state.happened > done and _read(files[base], base, files)[: len(disk)] != disk:
+            raise Lost("the base has not all of it")
+        return {name: file.data for name, file in files.items()}
+
+    return Case(machine, f"{detail} into {base}{' dropped' if drop else ''}", verify)
+
+
+def _read(file: RecordedFile, name: str, files: dict[str, RecordedFile]) -> bytes:
+    if name.endswith(".raw"):
+        return bytes(file.data)
+    with qcow2x.open(file, **_among(files)) as image:
+        return _disk(image)
+
+
+def rebase(rng: random.Random) -> Case:
+    """The image reads the same at every instant, whichever of the backing files it names."""
+    start, detail = _chain(rng, depth=3)
+    others, more = _chain(rng, depth=1)
+    # Onto another file, onto the base of the old chain, or onto nothing.
+    new = rng.choice(("other", "other", "base", "none"))
+    ((other, content),) = others.items()
+    start[f"a-new-and-much-longer-name.{other.split('.')[1]}"] = content
+    machine = Machine()
+    chain = _Layers(machine, start)
+    base, top, other = chain.names[0], chain.names[2], chain.names[3]
+    name = {"other": other, "base": base, "none": None}[new]
+    with qcow2x.open(_file(start[top]), **_among(chain.files)) as image:
+        disk = _disk(image)
+    compress = rng.random() < 0.3
+    qcow2x.rebase(
+        chain.files[top],
+        name,
+        backing_format=None if name is None else name.split(".")[1],
+        compress=compress,
+        cache=rng.choice(CACHES),
+        threads=1,
+        **_among(chain.files),
+    )
+    done = machine.now
+    chain.go_on()
+
+    def verify(state: State) -> Files:
+        files = chain.left_by(state)
+        with _reopened(files[top], **_among(files)) as image:
+            _sound(image)
+            if _disk(image) != disk:
+                raise Lost("the image reads differently")
+            if state.happened > done and image.info().backing_filename != name:
+                raise Lost("the backing file is not the new one")
+        return {name: file.data for name, file in files.items()}
+
+    return Case(machine, f"{detail} / {more}, {new}{' compressed' if compress else ''}", verify)
+
+
 # ---- Repair and key slots ----
 
 
@@ -497,6 +639,8 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "snapshot delete": snapshot_delete,
     "bitmaps": bitmaps,
     "checkpoint of three images": checkpoint,
+    "commit": commit,
+    "rebase": rebase,
     "resize": resize,
     "amend of the refcount width": amend_refcounts,
     "amend of version and features": amend_compat,
