@@ -108,6 +108,7 @@ def test_a_cut_of_power_at_any_instant(tmp_path: Path, cluster_size: int, cache:
                 found = image.check()
                 assert not found.corruptions and not found.check_errors, happened
         with qcow2x.open(crashed, "r+") as image:
+            assert (image.rebuilt is not None) == before.dirty
             found = image.check()
             assert not found.corruptions and not found.check_errors, (happened, found.findings)
             session.assert_plausible(happened, image.pread(image.size, 0))
