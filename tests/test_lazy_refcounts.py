@@ -55,6 +55,7 @@ def test_a_flush_writes_the_mapping_alone(tmp_path: Path) -> None:
         assert found["corruptions"] == 2
         with qcow2x.open(path) as other:
             assert other.pread(512, 0) == b"x" * 512
+        path.unlink()
         recorder.log.clear()
         image.pwrite(b"y" * 65536, 65536)
         image.flush()
