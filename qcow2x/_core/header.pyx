@@ -153,10 +153,11 @@ cdef q2_status check_fields(const q2_header *h) noexcept nogil:
         if h.backing_offset < h.header_length:
             return bad_field(Q2_HDR_BACKING_OFFSET,
                              b"the backing file name overlaps the header fields")
-        if h.backing_offset > cluster_size or h.backing_size > cluster_size - h.backing_offset:
+        if h.backing_offset > cluster_size:
             return bad_field(Q2_HDR_BACKING_OFFSET,
                              b"Invalid backing file offset")
-        if h.backing_size > Q2_MAX_BACKING_NAME:
+        if (h.backing_size > Q2_MAX_BACKING_NAME
+                or h.backing_size > cluster_size - h.backing_offset):
             return bad_field(Q2_HDR_BACKING_SIZE,
                              b"Backing file name too long")
     return Q2_OK
@@ -164,17 +165,17 @@ cdef q2_status check_fields(const q2_header *h) noexcept nogil:
 
 # One table: aligned, behind the header cluster, wholly inside the file.
 cdef q2_status check_table(uint32_t field_off, uint64_t host_off, uint64_t nbytes,
-                           uint64_t cluster_size, uint64_t file_size, const char *misaligned,
+                           uint64_t cluster_size, uint64_t file_size, const char *invalid,
                            const char *outside) noexcept nogil:
-    if host_off & (cluster_size - 1):
-        return bad_field(field_off, misaligned)
+    if host_off & (cluster_size - 1) or host_off >= Q2_MAX_HOST_OFFSET:
+        return bad_field(field_off, invalid)
     if nbytes == 0:
         return Q2_OK
     if host_off < cluster_size:
         return fail(Q2_E_CORRUPT, Q2_SITE_HEADER_READ, field_off,
                     b"a table overlaps the header cluster")
     # Tables are limited to megabytes and offsets to 2^56, so the sum cannot wrap.
-    if host_off >= Q2_MAX_HOST_OFFSET or host_off + nbytes > file_size:
+    if host_off + nbytes > file_size:
         return fail(Q2_E_CORRUPT, Q2_SITE_HEADER_READ, field_off, outside)
     return Q2_OK
 
@@ -620,7 +621,7 @@ cdef int parse_extensions(Header self, bytes cluster, object name) except -1:
         kind = q2_take_be32(&cur)
         nbytes = q2_take_be32(&cur)
         if not cur.ok:
-            raise bad_extension(name, at, "a header extension is cut off")
+            raise bad_extension(name, at, "Header extension too large", ": it is cut off")
         if kind == Q2_EXT_END:
             return 0
         if nbytes > cur.remaining:
