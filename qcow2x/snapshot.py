@@ -5,14 +5,14 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, overload
 
 from qcow2x import bitmap as _bitmap
 from qcow2x._core.header import Header
-from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
+from qcow2x.errors import CorruptImage, FormatError, ImageBroken, UnsupportedFeature
 
 if TYPE_CHECKING:
     from qcow2x.image import Image
@@ -319,9 +319,18 @@ class Snapshots(Sequence[Snapshot]):
         image = self._image
         wanted = self.get(key)
         if image.writable:
-            image.flush()
+            # What a snapshot holds was durable when it was made: it is read from an image that
+            # takes no more writes as well.
+            with suppress(ImageBroken):
+                image.flush()
         header = header_at(image._header, wanted, image.name)
-        return Image(image._file, header, backing=image._backing, cipher=image._cipher)
+        return Image(
+            image._file,
+            header,
+            backing=image._backing,
+            data=image._data if header.has_data_file else None,
+            cipher=image._cipher,
+        )
 
     def diff(self, a: str, b: str | None = None) -> Iterator[tuple[int, int]]:
         """The ranges ``(offset, length)`` in which two snapshots (or one and the disk as it is, for

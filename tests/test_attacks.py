@@ -34,6 +34,8 @@ import qcow2x
 from qcow2x import FormatError, Qcow2Error, ReferenceDenied
 from qcow2x.inspection import READ_LIMIT
 
+pytestmark = pytest.mark.not_for_qemu("hostile images")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory):

@@ -683,6 +683,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.not_for_qemu("damaged directories")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_directory_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "disk.qcow2"
@@ -706,6 +707,7 @@ def test_a_damaged_directory_is_refused(tmp_path: Path, damage: str) -> None:
     assert path.read_bytes() == raw
 
 
+@pytest.mark.not_for_qemu("a damaged table")
 def test_a_damaged_table_costs_that_bitmap_only(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qcow2x.create(path, 4 * MiB, cluster_size=512)
@@ -733,6 +735,7 @@ def test_a_damaged_table_costs_that_bitmap_only(tmp_path: Path) -> None:
         assert image.check().corruptions == 0
 
 
+@pytest.mark.not_for_qemu("QEMU refuses what it does not know")
 def test_extra_data_is_kept_and_heeded(tmp_path: Path) -> None:
     """Unknown extra data: the bitmap is used only if its flag says that one may."""
     path = tmp_path / "disk.qcow2"

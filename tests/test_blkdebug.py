@@ -60,6 +60,7 @@ def test_a_data_write_fails(folder: Path, number: int, once: bool) -> None:
     assert qcow2x.check("a").corruptions == 0
 
 
+@pytest.mark.leaks("a step failed")
 @pytest.mark.parametrize(
     "event", ["cluster_alloc", "l2_alloc_write", "refblock_load", "l1_update", "l2_update"]
 )

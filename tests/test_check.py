@@ -17,6 +17,8 @@ from qcow2x.errors import Cancelled
 from qcow2x.ops.check import check_storage
 from qcow2x.types import CheckResult
 
+pytestmark = pytest.mark.not_for_qemu("damaged images")
+
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 #: qemu-img's name of each count, and ours.
 COUNTS = {

@@ -54,6 +54,7 @@ def test_check_reports_and_repairs_leaks(
     assert qemu_img("check", image).startswith("No errors")
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_check_reports_corruption(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = leaky(tmp_path / "bad.qcow2")
     with open(image, "r+b") as out:
@@ -126,6 +127,7 @@ def test_repair_keeps_and_names_what_undoes_it(
     assert len([path for path in tmp_path.iterdir() if "undo" in path.name]) == 2
 
 
+@pytest.mark.leaks("made so")
 def test_undo_needs_a_journal_of_this_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

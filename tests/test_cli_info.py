@@ -109,6 +109,7 @@ def test_info_opens_no_backing_file_unless_asked(
     assert "base.qcow2" in captured.err
 
 
+@pytest.mark.not_for_qemu("a chain without end")
 def test_info_of_a_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = tmp_path / "one.qcow2", tmp_path / "two.qcow2"
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", two, "-F", "qcow2", one, "1M")

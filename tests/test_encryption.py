@@ -701,6 +701,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.not_for_qemu("damaged")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damaged_header(tmp_path, name):
     path = keyed(tmp_path)
@@ -717,6 +718,7 @@ def test_damaged_header(tmp_path, name):
     assert Header.parse(path.read_bytes()[:65536]).size == MiB
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_a_mapping_into_the_luks_header_takes_no_write(tmp_path):
     path = keyed(tmp_path)
     whole = path.read_bytes()
@@ -759,6 +761,7 @@ def test_data_in_a_file_of_its_own(tmp_path):
         qcow2x.create(path, MiB, encryption=new_encryption(), data_file="data", data_file_raw=True)
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_header_that_is_cut_off(tmp_path):
     path = keyed(tmp_path)
     whole = path.read_bytes()

@@ -595,6 +595,7 @@ def test_backing_withheld(chain: Path) -> None:
         assert image.pread(100, 600 * KiB) == stamped(600 * KiB, 100, 1)
 
 
+@pytest.mark.not_for_qemu("a chain without end")
 def test_a_chain_that_bites_its_tail(tmp_path: Path) -> None:
     first, second = tmp_path / "first.qcow2", tmp_path / "second.qcow2"
     qcow2x.create(first, SIZE, backing_file="second.qcow2", backing_format="qcow2")
@@ -629,6 +630,7 @@ def test_a_long_chain(tmp_path: Path) -> None:
         assert data[n * 512 : (n + 1) * 512] == expected, n
 
 
+@pytest.mark.not_for_qemu("a format that only QEMU guesses")
 def test_a_format_is_never_guessed(tmp_path: Path) -> None:
     """QEMU 6.0 and older wrote overlays that name no format."""
     base = tmp_path / "base.qcow2"

@@ -18,6 +18,8 @@ from support.victim import Victim
 
 import qcow2x
 
+pytestmark = pytest.mark.not_for_qemu("damaged images")
+
 KiB = 1 << 10
 CLUSTER = 4096
 SIZE = 256 * KiB + 512

@@ -47,6 +47,7 @@ def aim(path: Path, places: dict[str, int], guest_cl: int, host_off: int) -> Non
         file.write(struct.pack(">Q", COPIED | host_off))
 
 
+@pytest.mark.not_for_qemu("damaged")
 @pytest.mark.parametrize("table", TABLES)
 def test_an_entry_that_points_at_a_table_does_not_overwrite_it(tmp_path: Path, table: str) -> None:
     path = tmp_path / "disk.qcow2"
@@ -70,6 +71,7 @@ def test_an_entry_that_points_at_a_table_does_not_overwrite_it(tmp_path: Path, t
     assert '"corrupt": true' in qemu_img("info", "--output=json", path)
 
 
+@pytest.mark.not_for_qemu("damaged")
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_with_refcount_0_is_not_handed_out(tmp_path: Path, table: str) -> None:
     path = tmp_path / "disk.qcow2"
@@ -89,6 +91,7 @@ def test_a_table_with_refcount_0_is_not_handed_out(tmp_path: Path, table: str) -
     assert after == before
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_two_tables_in_one_place_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     places = image_with_snapshot(path)
@@ -102,6 +105,7 @@ def test_two_tables_in_one_place_are_not_written(tmp_path: Path) -> None:
     assert path.read_bytes()[places["refblock"] :][:CLUSTER] == before
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_what_is_not_guarded_is_written(tmp_path: Path) -> None:
     """`none` and `constant` mean what they say, for whoever must."""
     path = tmp_path / "disk.qcow2"
@@ -119,6 +123,7 @@ def test_what_is_not_guarded_is_written(tmp_path: Path) -> None:
         qcow2x.open(path, overlap_check="most")
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_all_guards_the_l2_tables_of_snapshots(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     places = image_with_snapshot(path)
@@ -130,6 +135,7 @@ def test_all_guards_the_l2_tables_of_snapshots(tmp_path: Path) -> None:
             image.pwrite(b"x" * 512, 2 * CLUSTER)
 
 
+@pytest.mark.not_for_qemu("damaged")
 def test_version_2_is_poisoned_though_it_cannot_be_marked(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     qcow2x.create(path, 1 << 20, compat="0.10")

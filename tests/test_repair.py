@@ -9,6 +9,8 @@ import pytest
 
 import qcow2x
 
+pytestmark = pytest.mark.not_for_qemu("damaged images")
+
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 CLUSTER = 4096
 MASK = 0x00FFFFFFFFFFFE00

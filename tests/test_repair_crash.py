@@ -5,6 +5,7 @@ import random
 import struct
 
 import pytest
+from support.device import block_device
 from test_repair import (
     CLUSTER,
     COPIED,
@@ -22,6 +23,8 @@ from test_repair import (
 
 import qcow2x
 from qcow2x.errors import Cancelled, CorruptImage, FormatError, ImageLocked
+
+pytestmark = pytest.mark.not_for_qemu("damaged images")
 
 CLEAN = {"corruptions": 0, "leaks": 0, "check-errors": 0}
 
@@ -365,3 +368,20 @@ def test_repair_of_a_large_image_spills_and_ends(tmp_path):
     assert result.clean and result.allocated_clusters == 1 << 20
     assert qemu_verdict(path) == CLEAN
     assert os.path.getsize(path) < size + (40 << 20)
+
+
+@pytest.mark.parametrize("sector", [512, 4096])
+@pytest.mark.parametrize("name", ["data twice", "everything about refcounts", "no refcount block"])
+def test_a_block_device_is_repaired_and_put_back(tmp_path, name, sector):
+    """A device is longer than the image on it and cannot grow."""
+    start = broken(tmp_path / "disk.qcow2", PLAIN[name])
+    size = len(start) + (1 << 20) & -4096
+    with block_device(tmp_path / "device", size, sector) as device:
+        device.write_bytes(start)
+        before = device.read_bytes()[:size]
+        journal = tmp_path / "undo"
+        assert qcow2x.check(device, repair="all", journal=journal).clean
+        assert qemu_verdict(device)["corruptions"] == 0
+        assert qcow2x.check(device).corruptions == 0
+        assert qcow2x.undo_repair(device, journal)
+        assert device.read_bytes()[:size] == before

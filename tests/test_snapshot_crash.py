@@ -39,6 +39,7 @@ def contents(image: qcow2x.Image) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.leaks("power was cut")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("step", STEPS)
 def test_either_side_of_the_step(tmp_path: Path, step: str, shape: str) -> None:

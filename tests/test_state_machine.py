@@ -22,10 +22,13 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from support.qemu import check_clean, compare_bytes, qemu_img, qemu_io
+from support.bitmaps import dirty_in_qemu
+from support.marked import Marked
+from support.qemu import Locked, check_clean, compare_bytes, qemu_img, qemu_io
 from support.stamps import explain, noise, stamped
 
 import qcow2x
+from qcow2x.encryption import Encryption
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -33,6 +36,9 @@ MiB = 1 << 20
 #: Small clusters reach table growth and many slices with few bytes, so most runs use them.
 CLUSTER_BITS = [9] * 8 + [10] * 3 + [11, 12, 12, 13, 14, 14, 15, 16, 16, 17, 18, 19, 20, 21]
 CACHES = ["unsafe"] * 6 + ["writeback", "none", "writethrough", "directsync"]
+CIPHERS = [None] * 5 + ["luks", "aes"]
+KEY = "the machine's"
+GRANULARITIES = [512, 1024, 4096, 64 * KiB]
 HAVE_CHECK = importlib.util.find_spec("qcow2x._core.check") is not None
 
 
@@ -102,6 +108,10 @@ class Disk(RuleBasedStateMachine):
         self.patterns: list[tuple[int, int, int]] = []
         self.held: dict[str, bytes] = {}
         self.external = False
+        self.cipher: str | None = None
+        #: The layers that are encrypted.
+        self.encrypted: list[Path] = []
+        self.marked: dict[str, Marked] = {}
 
     # ---- The image and what lies under it ----
 
@@ -113,6 +123,7 @@ class Disk(RuleBasedStateMachine):
         base_shape=shapes(),
         cache=st.sampled_from(CACHES),
         data_file=st.sampled_from([None] * 5 + ["cooked", "raw"]),
+        cipher=st.sampled_from(CIPHERS),
     )
     def begin(
         self,
@@ -123,12 +134,13 @@ class Disk(RuleBasedStateMachine):
         base_shape: Shape,
         cache: str,
         data_file: str | None,
+        cipher: str | None,
     ) -> None:
         self.shape = shape
         nbytes = max(512, span(shape.cluster_size) * size >> 20 & ~511)
         if base != "none":
             self._make_base(base, base_shape, self._other_size(nbytes, base_size))
-        self._make_top(shape, nbytes, cache, data_file)
+        self._make_top(shape, nbytes, cache, data_file, cipher)
 
     def _other_size(self, nbytes: int, relation: str) -> int:
         if relation == "shorter":
@@ -166,10 +178,16 @@ class Disk(RuleBasedStateMachine):
         self.layers.append((path, fmt, hashlib.sha256(path.read_bytes()).digest()))
 
     def _make_top(
-        self, shape: Shape, nbytes: int, cache: str, data_file: str | None = None
+        self,
+        shape: Shape,
+        nbytes: int,
+        cache: str,
+        data_file: str | None = None,
+        cipher: str | None = None,
     ) -> None:
         self.shape = shape
         self.held = {}
+        self.marked = {}
         raw = data_file == "raw" and not self.layers
         self.external = data_file is not None and shape.compat != "0.10"
         self.path = self.folder / f"layer{len(self.layers)}.qcow2"
@@ -181,6 +199,10 @@ class Disk(RuleBasedStateMachine):
             }
         if self.external:
             options |= {"data_file": self.path.with_suffix(".data"), "data_file_raw": raw}
+        self.cipher = None if self.external else cipher
+        if self.cipher is not None:
+            self.encrypted.append(self.path)
+            options["encryption"] = Encryption(key=KEY, format=self.cipher, iter_time_ms=1)
         qcow2x.create(self.path, nbytes, **options)  # type: ignore[arg-type]
         self._set_length(nbytes)
         self._open(cache)
@@ -192,8 +214,17 @@ class Disk(RuleBasedStateMachine):
 
     def _open(self, cache: str, l2_cache_size: int | None = None) -> None:
         self.image = qcow2x.open(
-            self.path, "r+", references="follow", cache=cache, l2_cache_size=l2_cache_size
+            self.path,
+            "r+",
+            references="follow",
+            cache=cache,
+            l2_cache_size=l2_cache_size,
+            key=self._key(),
         )
+
+    def _key(self) -> dict[str, str]:
+        """The key of every layer that is encrypted."""
+        return dict.fromkeys([str(self.path), *(str(path) for path, _, _ in self.layers)], KEY)
 
     def _range(self, place: tuple[int, str, int, str]) -> tuple[int, int]:
         """A range of at least one byte inside the disk."""
@@ -212,6 +243,11 @@ class Disk(RuleBasedStateMachine):
         if align == "cluster" and much & 2:
             length = -(-length // self.shape.cluster_size) * self.shape.cluster_size
         return offset, min(length, size - offset)
+
+    def _note(self, offset: int, data: bytes) -> None:
+        self.model[offset : offset + len(data)] = data
+        for bitmap in self.marked.values():
+            bitmap.note(offset, len(data))
 
     def _changed(self, offset: int, length: int) -> None:
         self.patterns = [
@@ -234,18 +270,18 @@ class Disk(RuleBasedStateMachine):
         self.sequence += 1
         data = (noise if random else stamped)(offset, length, self.sequence + 1)
         assert self.image.pwrite(data, offset, fua=fua) == length
-        self.model[offset : offset + length] = data
+        self._note(offset, data)
         self._changed(offset, length)
 
     @rule(place=PLACES, byte=st.integers(0, 255))
     def fill(self, place: tuple[int, str, int, str], byte: int) -> None:
         offset, length = self._range(place)
         self.image.pwrite(bytes([byte]) * length, offset)
-        self.model[offset : offset + length] = bytes([byte]) * length
+        self._note(offset, bytes([byte]) * length)
         self._changed(offset, length)
         self.patterns.append((offset, length, byte))
 
-    @precondition(lambda self: not self.external)
+    @precondition(lambda self: not self.external and self.cipher is None)
     @rule(place=PLACES, random=st.sampled_from([False, False, True]))
     def write_compressed(self, place: tuple[int, str, int, str], random: bool) -> None:
         size = self.shape.cluster_size
@@ -255,24 +291,26 @@ class Disk(RuleBasedStateMachine):
         self.sequence += 1
         data = (noise if random else stamped)(offset, length, self.sequence + 1)
         assert self.image.pwrite_compressed(data, offset) == length
-        self.model[offset : offset + length] = data
+        self._note(offset, data)
         self._changed(offset, length)
 
     @rule(place=PLACES)
     def discard(self, place: tuple[int, str, int, str]) -> None:
         offset, length = self._range(place)
         self.image.discard(offset, length)
+        for bitmap in self.marked.values():
+            bitmap.note(offset, length, whole=False)
         if self.shape.compat == "0.10" and self.layers:
             return
         first, last = self._clusters_in(offset, length)
-        self.model[first:last] = bytes(last - first)
+        self._note(first, bytes(last - first))
         self._changed(first, last - first)
 
     @rule(place=PLACES, unmap=st.booleans())
     def write_zeroes(self, place: tuple[int, str, int, str], unmap: bool) -> None:
         offset, length = self._range(place)
         self.image.write_zeroes(offset, length, unmap=unmap)
-        self.model[offset : offset + length] = bytes(length)
+        self._note(offset, bytes(length))
         self._changed(offset, length)
         self.patterns.append((offset, length, 0))
 
@@ -296,6 +334,11 @@ class Disk(RuleBasedStateMachine):
                 self.image.resize(nbytes, shrink=True)
                 raise AssertionError("version 2 has no place for the size that a snapshot had")
             return
+        if self.marked and nbytes < len(self.model):
+            with contextlib.suppress(qcow2x.UnsupportedFeature):
+                self.image.resize(nbytes, shrink=True)
+                raise AssertionError("a disk with bitmaps cannot shrink")
+            return
         self.image.resize(nbytes, shrink=True)
         self._set_length(nbytes)
         assert self.image.size == nbytes
@@ -306,12 +349,15 @@ class Disk(RuleBasedStateMachine):
         same_shape=st.booleans(),
         size=st.sampled_from(["same", "same", "shorter", "longer"]),
         cache=st.sampled_from(CACHES),
+        cipher=st.sampled_from(CIPHERS),
     )
-    def overlay(self, shape: Shape, same_shape: bool, size: str, cache: str) -> None:
+    def overlay(
+        self, shape: Shape, same_shape: bool, size: str, cache: str, cipher: str | None
+    ) -> None:
         self.image.close()
         self._push(self.path, "qcow2")
         nbytes = self._other_size(len(self.model), size)
-        self._make_top(self.shape if same_shape else shape, nbytes, cache)
+        self._make_top(self.shape if same_shape else shape, nbytes, cache, cipher=cipher)
 
     # ---- Snapshots ----
 
@@ -329,7 +375,9 @@ class Disk(RuleBasedStateMachine):
         key = sorted(self.held)[which % len(self.held)]
         with contextlib.suppress(qcow2x.UnsupportedFeature):
             self.image.snapshots.apply(key)
+            before = bytes(self.model)
             self.model[:] = self.held[key]
+            self._applied(before)
             self.patterns = []
 
     @precondition(lambda self: self.held)
@@ -345,6 +393,60 @@ class Disk(RuleBasedStateMachine):
         key = sorted(self.held)[which % len(self.held)]
         with self.image.snapshots.open(key) as then:
             self._same(0, then.pread(len(self.held[key]) + 1, 0), self.held[key])
+
+    def _applied(self, before: bytes) -> None:
+        """The bitmaps tell of what differs; of what is stored elsewhere with the same bytes they may."""
+        size = len(self.model)
+        for bitmap in self.marked.values():
+            bitmap.note(0, size, whole=False)
+            for at in range(0, size, bitmap.granularity):
+                if before[at : at + bitmap.granularity] != self.model[at : at + bitmap.granularity]:
+                    bitmap.note(at, min(bitmap.granularity, size - at))
+
+    # ---- Bitmaps ----
+
+    @precondition(lambda self: self.shape.compat != "0.10" and len(self.marked) < 3)
+    @rule(granularity=st.sampled_from(GRANULARITIES), enabled=st.sampled_from([True, True, False]))
+    def add_bitmap(self, granularity: int, enabled: bool) -> None:
+        name = f"bitmap {self.sequence}"
+        if name not in self.marked:
+            self.image.bitmaps.add(name, granularity, enabled)
+            self.marked[name] = Marked(granularity, enabled)
+
+    @precondition(lambda self: self.marked)
+    @rule(which=st.integers(0, 2), verb=st.sampled_from(["clear", "enable", "disable", "remove"]))
+    def change_bitmap(self, which: int, verb: str) -> None:
+        name = sorted(self.marked)[which % len(self.marked)]
+        getattr(self.image.bitmaps, verb)(name)
+        if verb == "remove":
+            del self.marked[name]
+        elif verb == "clear":
+            self.marked[name].clear()
+        else:
+            self.marked[name].enabled = verb == "enable"
+
+    @precondition(lambda self: len(self.marked) > 1)
+    @rule(which=st.integers(0, 2))
+    def merge_bitmaps(self, which: int) -> None:
+        target, *sources = (
+            sorted(self.marked)[which % len(self.marked) :] + sorted(self.marked)[:which]
+        )
+        self.image.bitmaps.merge(target, sources)
+        for source in sources:
+            if source != target:
+                self.marked[target].merge(self.marked[source])
+
+    @precondition(lambda self: self.marked)
+    @rule()
+    def read_bitmaps(self) -> None:
+        self._bitmaps_agree(self.image)
+
+    def _bitmaps_agree(self, image: qcow2x.Image) -> None:
+        assert sorted(image.bitmaps) == sorted(self.marked)
+        for name, bitmap in self.marked.items():
+            dirty = [(e.offset, e.length) for e in image.bitmaps.extents(name) if e.dirty]
+            assert bitmap.agrees(dirty, len(self.model)), (name, dirty, bitmap.must, bitmap.may)
+            assert image.bitmaps[name].enabled == bitmap.enabled
 
     # ---- What it sees ----
 
@@ -408,21 +510,43 @@ class Disk(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
     def _judge(self) -> None:
-        check_clean(self.path)
-        compare_bytes(self.path, self.model)
+        self._qemu_agrees()
+        with qcow2x.open(self.path, references="follow", key=self._key()) as image:
+            if HAVE_CHECK:
+                assert image.check().clean
+            self._bitmaps_agree(image)
         for key, content in self.held.items():
-            with qcow2x.open(self.path, references="follow", snapshot=key) as then:
+            with qcow2x.open(self.path, references="follow", snapshot=key, key=self._key()) as then:
                 self._same(0, then.pread(len(content) + 1, 0), content)
+        for path, _, digest in self.layers:
+            assert hashlib.sha256(path.read_bytes()).digest() == digest, f"{path} was changed"
+
+    def _qemu_agrees(self) -> None:
+        """Every layer is clean, and what the topmost shows is the model."""
+        chain = [path for path, fmt, _ in self.layers if fmt == "qcow2"] + [self.path]
+        encrypted = [path in self.encrypted for path in reversed(chain)]
+        for n, path in enumerate(reversed(chain)):
+            depths = [depth for depth, secret in enumerate(encrypted[n:]) if secret]
+            if depths:
+                locked = Locked(path, depths, KEY)
+                locked.check_clean()
+                if path == self.path:
+                    locked.compare(self.model)
+                continue
+            check_clean(path)
+            if path == self.path:
+                compare_bytes(path, self.model)
+                self._sample()
+
+    def _sample(self) -> None:
+        """What is slow to ask."""
         if self.patterns and self.sequence % 4 == 0:
             reads = [f"read -P {byte} {offset} {n}" for offset, n, byte in self.patterns[-3:]]
             qemu_io(self.path, *reads)
-        for path, fmt, digest in self.layers:
-            assert hashlib.sha256(path.read_bytes()).digest() == digest, f"{path} was changed"
-            if fmt == "qcow2":
-                check_clean(path)
-        if HAVE_CHECK:
-            with qcow2x.open(self.path, references="follow") as image:
-                assert image.check().clean
+        if self.marked and self.sequence % 8 == 0:
+            name, bitmap = next(iter(self.marked.items()))
+            if bitmap.enabled:
+                assert bitmap.agrees(dirty_in_qemu(self.path, name), len(self.model))
 
 
 TestDisk = Disk.TestCase

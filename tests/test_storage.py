@@ -5,15 +5,14 @@ import fcntl
 import mmap
 import os
 import random
-import shutil
 import socket
 import stat
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.device import block_device
 
 from qcow2x.errors import NoSpace, StorageError
 from qcow2x.storage import CACHE_MODES, FileStorage, PyStorage, Storage, open_storage
@@ -229,26 +228,8 @@ def test_a_full_file_system_is_told_as_such(path: Path) -> None:
 
 @pytest.fixture(params=[512, 4096])
 def device(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, int]]:
-    """A loop device where this user may make one, else the file that would be behind it."""
-    backing = tmp_path / "disk"
-    with backing.open("wb") as file:
-        file.truncate(8 << 20)
-    losetup = shutil.which("losetup") or "/sbin/losetup"
-    made = None
-    if os.geteuid() == 0 and os.path.exists(losetup):
-        made = subprocess.run(
-            [losetup, "-f", "--show", "-b", str(request.param), backing],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if made is None or made.returncode != 0:
-        yield backing, request.param
-        return
-    try:
-        yield Path(made.stdout.strip()), request.param
-    finally:
-        subprocess.run([losetup, "-d", made.stdout.strip()], check=True)
+    with block_device(tmp_path / "disk", 8 << 20, request.param) as path:
+        yield path, request.param
 
 
 @pytest.mark.parametrize("cache", CACHE_MODES)

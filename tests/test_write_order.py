@@ -147,6 +147,7 @@ def survives(state: bytes, session: Session, happened: int, **options: Any) -> N
         session.assert_plausible(happened, image.pread(image.size, 0))
 
 
+@pytest.mark.leaks("power was cut")
 @pytest.mark.parametrize("cache", ["writeback", "writethrough"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_cut_of_power_at_any_instant(tmp_path: Path, shape: str, cache: str) -> None:
@@ -174,6 +175,7 @@ def test_a_cut_of_power_at_any_instant(tmp_path: Path, shape: str, cache: str) -
     compare_bytes(path, session.model)
 
 
+@pytest.mark.leaks("power was cut")
 def test_a_cut_of_power_with_a_snapshot_and_a_backing_file(tmp_path: Path) -> None:
     """Copies of what a snapshot shares, over a backing file that shows through."""
     base = tmp_path / "base.raw"

@@ -80,6 +80,31 @@ def compare_bytes(path: Path_, content: bytes | bytearray) -> None:
         raw.unlink()
 
 
+class Locked:
+    """An image in whose chain the layers at ``depths``, 0 the topmost, are encrypted with ``key``."""
+
+    def __init__(self, path: Path_, depths: list[int], key: str) -> None:
+        options = ["driver=qcow2", f"file.filename={os.fspath(path)}"]
+        options += [f"{'backing.' * depth}encrypt.key-secret=key" for depth in depths]
+        self.path = path
+        self._options = ("--object", f"secret,id=key,data={key}", "--image-opts")
+        self._image = ",".join(options)
+
+    def check_clean(self) -> None:
+        said = qemu_img("check", *self._options, self._image)
+        assert "No errors were found" in said, said
+
+    def compare(self, content: bytes | bytearray) -> None:
+        raw = Path(f"{os.fspath(self.path)}.expected")
+        raw.write_bytes(content)
+        plain = f"driver=raw,file.filename={raw}"
+        try:
+            said = qemu_img("compare", *self._options, self._image, plain)
+            assert "size mismatch" not in said, said
+        finally:
+            raw.unlink()
+
+
 def qemu_map(path: Path_) -> list[dict[str, Any]]:
     found = json.loads(qemu_img("map", "-f", "qcow2", "--output=json", path))
     assert isinstance(found, list)
