@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 #: QEMU's limits, so that an image which one opens the other opens as well.
 MAX_BITMAPS = 65535
 MAX_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
-MAX_BITS = 512 << 20
+#: 512 MiB of them, in memory while the bitmap is tracked.
+MAX_BITS = 8 * (512 << 20)
 
 _EXTENSION = 0x23852875
 _AUTOCLEAR_AT = 88
@@ -554,11 +555,12 @@ def _no_room(image: Image, what: str) -> UnsupportedFeature:
 
 def _check_bits(image: Image, size: int, granularity_bits: int) -> None:
     bits = (size + (1 << granularity_bits) - 1) >> granularity_bits
-    if not 0 < bits <= MAX_BITS:
+    if bits > MAX_BITS:
         raise ValueError(
-            f"{image.name}: a bitmap of granularity {1 << granularity_bits} for {size} bytes has "
-            f"{bits} bits; there must be 1 to {MAX_BITS}"
+            f"{image.name}: Too much space will be occupied by the bitmap. Use larger granularity"
         )
+    if not bits:
+        raise ValueError(f"{image.name}: a disk without a byte has no use for a bitmap")
 
 
 # ---- What users hold -----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from qcow2x.errors import FormatError, KeyRequired, UnsupportedFeature
 if TYPE_CHECKING:
     from qcow2x._core.crypto import SectorCipher
     from qcow2x._core.header import Header
+    from qcow2x._core.luksdisk import LuksDisk
     from qcow2x.storage import Storage
 
 __all__ = [
@@ -213,10 +214,33 @@ def open_cipher(storage: Storage, header: Header, key: object) -> SectorCipher:
     return cipher
 
 
+def load_container(storage: Storage) -> LuksHeader:
+    """The header of a LUKS container, which is a whole file and not part of an image. Raises
+    FormatError and UnsupportedFeature for one that cannot be used."""
+    return LuksHeader.load(storage.pread(HEADER_BYTES, 0), storage.size(), storage.name)
+
+
+def open_container(storage: Storage, key: object, luks: LuksHeader | None = None) -> LuksDisk:
+    """The disk in a LUKS container; ``luks`` is its header, if that is loaded already. The storage
+    stays the caller's to close, after the disk. Errors as :func:`open_cipher`."""
+    from qcow2x._core.luksdisk import LuksDisk
+
+    if luks is None:
+        luks = load_container(storage)
+    with passphrase(key, storage.name) as secret:
+        cipher = luks.unlock(storage.pread, secret)
+    if cipher is None:
+        raise key_required(storage.name, "the key opens none of the container's key slots")
+    return LuksDisk(storage, cipher, luks.payload_offset)
+
+
 def describe(storage: Storage, header: Header | None) -> LuksInfo:
     """What the LUKS header of an image says, or of a LUKS disk (``header`` None); needs no key.
     Errors as :func:`open_cipher`."""
-    luks = _Area(storage, header).luks
+    return info_of(_Area(storage, header).luks)
+
+
+def info_of(luks: LuksHeader) -> LuksInfo:
     return LuksInfo(
         cipher=luks.cipher,
         mode=luks.mode,

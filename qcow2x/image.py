@@ -479,9 +479,7 @@ class Image(CoreImage):
                     "pass shrink=True if that is meant"
                 )
             if preallocation != "off":
-                raise ValueError(
-                    f"{self.name}: Preallocation can't be used for shrinking an image"
-                )
+                raise ValueError(f"{self.name}: Preallocation can't be used for shrinking an image")
         if self._header.nb_snapshots and self._header.version < 3:
             # Its snapshot table has no field for the size that the disk had.
             raise UnsupportedFeature(

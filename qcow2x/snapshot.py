@@ -120,15 +120,15 @@ def _damaged(storage: Storage, at: int, what: str) -> CorruptImage:
 
 
 def encode_table(snapshots: Sequence[Snapshot], version: int) -> bytes:
-    """The table's bytes. An entry keeps the amount of extra data it had, but no less than its
-    version asks for."""
+    """The table's bytes. An entry keeps the amount of extra data it had; in version 3, which asks
+    for 16 bytes, it has all that is known here."""
     out = bytearray()
     for entry in snapshots:
         ident = entry.id.encode("utf-8", "surrogateescape")
         name = entry.name.encode("utf-8", "surrogateescape")
         icount = _NO_ICOUNT if entry.icount is None else entry.icount
         extra = _EXTRA.pack(entry.vm_state_size, entry.disk_size, icount)
-        size = max(entry.extra_size, 16 if version >= 3 else 0)
+        size = max(entry.extra_size, _EXTRA.size if version >= 3 else 0)
         extra = extra[: min(size, _EXTRA.size)] + entry.unknown_extra
         state32 = min(entry.vm_state_size, 0xFFFFFFFF)
         out += _FIXED.pack(
@@ -296,6 +296,18 @@ class Snapshots(Sequence[Snapshot]):
                 image._snapshot_delete(
                     gone.l1_offset, gone.l1_size, encoded_table, table_off, len(table), old
                 )
+
+    def _complete_fields(self) -> None:
+        """Gives each entry the fields that version 3 asks for, before the image becomes that."""
+        image = self._image
+        table = self._table()
+        if all(entry.extra_size >= _EXTRA.size for entry in table):
+            return
+        old = (image._header.snapshots_offset, _bytes_in_file(table))
+        encoded_table = encode_table(table, 3)
+        with self._reserved(len(encoded_table)) as table_off:
+            # As if a snapshot that holds nothing were deleted.
+            image._snapshot_delete(0, 0, encoded_table, table_off, len(table), old)
 
     def apply(self, key: str) -> None:
         """Makes the disk what it was when the snapshot was made, also its size. What was written

@@ -123,6 +123,25 @@ def test_zstd_that_nothing_was_compressed_with_goes_away(tmp_path: Path) -> None
     holds(path, model)
 
 
+def test_snapshots_of_version_2_get_the_fields_of_version_3(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    model = filled(path, compat="0.10")
+    with qcow2x.open(path, "r+") as image:
+        image.snapshots.create("s")
+        # As a writer of old left it.
+        at = image._header.snapshots_offset
+        entry = bytearray(image._file.pread(66, at))
+        entry[36:40] = bytes(4)
+        del entry[40:64]
+        image._file.pwrite(bytes(entry).ljust(66, b"\0"), at)
+    qcow2x.amend(path, compat="1.1")
+    with qcow2x.open(path) as image:
+        (snapshot,) = image.snapshots
+        assert (snapshot.name, snapshot.extra_size, snapshot.icount) == ("s", 24, None)
+        assert image.check().clean
+    holds(path, model)
+
+
 def test_size_and_steps(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     model = filled(path)

@@ -344,6 +344,7 @@ def test_a_guessed_raw_disk_stays_one(folder: Path) -> None:
         node.pwrite(b"x", 4)
     with open_node("r", format="raw", writable=True) as node:
         node.pwrite(b"QFI\xfb\0\0\0\3", 0)
+        node.pwrite(bytes(8), 0)
 
 
 @pytest.fixture(scope="module")
@@ -356,8 +357,9 @@ def qemu_img() -> str:
 def test_luks(folder: Path, qemu_img: str) -> None:
     import subprocess
 
-    made = [qemu_img, "create", "-q", "-f", "luks", "--object", "secret,id=s,data=key"]
-    subprocess.run([*made, "-o", "key-secret=s,iter-time=10", "a", "1M"], check=True)
+    from qcow2x.ops.newfile import create_luks
+
+    create_luks("a", 1 << 20, qcow2x.Encryption(key=b"key", iter_time_ms=10))
     spec = "driver=luks,key-secret=s,file.filename=a"
     content = bytearray(1 << 20)
     with open_node(spec, image_opts=True, secrets={"s": b"key"}, writable=True) as node:
@@ -407,3 +409,26 @@ def test_options_of_a_node_opened_again(folder: Path) -> None:
             {"refcount-cache-size": 1}, {"cache-size": 2, "l2-cache-size": 1}
         ) == {"refcount-cache-size": 1, "l2-cache-size": 1}
         assert node.join_options({"cache-size": 3}, {"l2-cache-size": 1}) == {"cache-size": 3}
+
+
+def test_a_path_that_looks_like_a_protocol(folder: Path) -> None:
+    qcow2x.create("image:b", 1 << 20)
+    qcow2x.create("image:a", 1 << 20, backing_file="image:b", backing_format="qcow2")
+    with open_node("file:image:a", io=False, backing=False) as node:
+        assert (node.filename, node.full_backing_filename) == ("./image:a", "image:b")
+    assert said("image:a").endswith("Unknown protocol 'image'")
+    with open_node({"driver": "file", "filename": "image:a"}) as node:
+        assert node.filename == "image:a"
+
+
+def test_convert_to_luks(folder: Path) -> None:
+    content = b"x" * 70000 + bytes(100_000) + b"y" * 400
+    Path("r").write_bytes(content)
+    how = qcow2x.Encryption(key=b"k", iter_time_ms=10)
+    qcow2x.convert("r", "l", src_format="raw", dst_format="luks", encryption=how)
+    spec = "driver=luks,key-secret=s,file.filename=l"
+    with open_node(spec, image_opts=True, secrets={"s": b"k"}) as node:
+        assert node.pread(node.size, 0).rstrip(b"\0") == content
+        assert node.luks.cipher == "aes-256"  # type: ignore[attr-defined]
+    with pytest.raises(ValueError):
+        qcow2x.convert("r", "m", src_format="raw", dst_format="luks")

@@ -106,7 +106,10 @@ def describe(node: Node) -> dict[str, Any]:
         _describe_qcow2(node, info)
     elif node.driver == "luks":
         info["encrypted"] = True
-        info["format-specific"] = {"type": "luks", "data": _luks_members(node.luks)}
+        from qcow2x.encryption import describe as describe_luks
+
+        container = describe_luks(node.children["file"].storage, None)
+        info["format-specific"] = {"type": "luks", "data": _luks_members(container)}
     return info
 
 

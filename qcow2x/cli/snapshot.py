@@ -87,7 +87,7 @@ def _create(node: Node, name: str) -> None:
     kept = os.fsdecode(os.fsencode(name)[:_MAX_NAME_BYTES])
     image = _image(node)
     doing = f"Could not create snapshot '{name}'"
-    if image is None:
+    if image is None or image._header.has_data_file:
         raise CommandError(f"{doing}: {os.strerror(errno.ENOTSUP)}")
     try:
         # A guest that records its instructions would give their number; without one it is 0.

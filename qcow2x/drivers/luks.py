@@ -11,6 +11,7 @@ from qcow2x.drivers.options import Options
 
 if TYPE_CHECKING:
     from qcow2x._core.luks import LuksHeader
+    from qcow2x.encryption import LuksInfo
 
 
 class LuksNode(Node):
@@ -18,12 +19,11 @@ class LuksNode(Node):
     is_format = True
     strong = ("key-secret",)
 
-    #: What the container says of itself; needs no key.
+    #: Read without any key.
     header: LuksHeader
 
     def open(self, options: Options) -> None:
-        from qcow2x._core.luks import LuksHeader
-        from qcow2x.encryption import HEADER_BYTES
+        from qcow2x.encryption import load_container, open_container
 
         secret = opts.take_text(options, "key-secret")
         key = None
@@ -32,17 +32,16 @@ class LuksNode(Node):
                 raise OptionError("Parameter 'key-secret' is required for cipher")
             key = self.graph.secret(secret)
         file = self.children["file"].storage
-        size = file.size()
-        self.header = LuksHeader.load(file.pread(HEADER_BYTES, 0), size, file.name)
-        if key is None:
-            return
-        from qcow2x._core.luksdisk import LuksDisk
-        from qcow2x.encryption import key_required
+        self.header = load_container(file)
+        if key is not None:
+            self.storage = open_container(file, key, self.header)
 
-        cipher = self.header.unlock(file.pread, key)
-        if cipher is None:
-            raise key_required(file.name, "the key opens none of the container's key slots")
-        self.storage = LuksDisk(file, cipher, self.header.payload_offset)
+    @property
+    def luks(self) -> LuksInfo:
+        """What the container says of itself."""
+        from qcow2x.encryption import info_of
+
+        return info_of(self.header)
 
     def _size(self) -> int:
         return max(0, self.children["file"].size - self.header.payload_offset)

@@ -131,9 +131,7 @@ class _Keys(NamedTuple):
                 force=self.force,
             )
         if self.erase_key is not None or self.erase_slot is not None:
-            encryption.erase_key(
-                *place, key=self.erase_key, slot=self.erase_slot, force=self.force
-            )
+            encryption.erase_key(*place, key=self.erase_key, slot=self.erase_slot, force=self.force)
 
 
 def _order(bits: int) -> int:
@@ -155,6 +153,7 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
     )
     # Up first, as what is wanted may need it, and down last.
     if final > header.version:
+        image.snapshots._complete_fields()
         header.set_version(final)
         image._rewrite_header()
         steps.done("upgrade")
@@ -208,9 +207,7 @@ def _check(image: Image, wanted: _Wanted, keys: _Keys, final: int, final_order: 
     if wanted.data_file_raw and not header.data_file_raw:
         raise ValueError(f"{where}: data-file-raw cannot be set on existing images")
     if keys and header.encryption is None:
-        raise ValueError(
-            f"{where}: Can't amend encryption options - encryption not present"
-        )
+        raise ValueError(f"{where}: Can't amend encryption options - encryption not present")
     if keys and header.encryption != "luks":
         raise ValueError(f"{where}: Only LUKS encryption options can be amended")
     if keys.erase_key is not None and keys.erase_slot is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BrokenBitmap", "ConvertResult", "Damage", "convert"]
 
-FORMATS = ("qcow2", "raw")
+FORMATS = ("qcow2", "raw", "luks")
 #: What copying the bitmaps may do about those that missed writes.
 BITMAPS = ("none", "all", "usable")
 
@@ -99,7 +99,7 @@ def convert(
     """Copy the disk *src* to *dst*.
 
     *src* is a path, an open :class:`qcow2x.Image`, a storage object, or a list of these that are
-    put one after another; *src_format* is ``"qcow2"``, ``"raw"`` or None to look. *dst* is a path,
+    put one after another; *src_format* is ``"qcow2"``, ``"raw"``, ``"luks"`` or None to look. *dst* is a path,
     descriptor or storage object, or with *target_exists* also an open image; then only the disk's
     content is replaced, and options that describe a new image do not count.
 
@@ -135,6 +135,10 @@ def convert(
         raise ValueError("Use of backing file requires explicit backing format")
     if compress and encryption is not None:
         raise ValueError("Compression and encryption not supported at the same time")
+    if (dst_format == "luks" and not target_exists) != (
+        encryption is not None and dst_format != "qcow2"
+    ):
+        raise ValueError("encryption= goes with a qcow2 target, and is needed for a luks one")
     if bitmaps not in BITMAPS:
         raise ValueError(f"bitmaps must be one of {', '.join(BITMAPS)}")
     if copy_offload and (compress or salvage):
@@ -162,7 +166,7 @@ def convert(
             snapshot=snapshot, key=key, lock=lock,
         )  # fmt: skip
         bitmap_source = _bitmap_source(source, bitmaps)
-        granule = SECTOR if dst_format == "qcow2" else 1
+        granule = 1 if dst_format == "raw" else SECTOR
         wanted = -(-source.size // granule) * granule if size is None else size
 
         new_file = None
@@ -178,25 +182,17 @@ def convert(
         elif is_device(dst) or not is_path(dst):
             # A device, descriptor or object has no other name to be written under.
             with _creating():
-                if dst_format == "raw":
-                    target = stack.enter_context(RawDisk(dst, "r+", cache, lock=lock))
-                    target.resize(0, shrink=True)
-                    target.resize(wanted, preallocation=preallocation)
-                else:
-                    target = _create_image(stack, dst, wanted, cache, references, options)
+                target = _create(stack, dst, dst_format, wanted, cache, references, options)
         else:
             _refuse_own_source(source, dst)
             with _creating():
                 new_file = stack.enter_context(NewFile(dst, lock=lock))
-                if dst_format == "raw":
-                    target = RawDisk(new_file.path, "r+", cache)
-                    stack.callback(target.close)
-                    target.resize(wanted, preallocation=preallocation)
-                else:
-                    # Nobody sees the file before it is whole and synced: the order of its writes
-                    # needs no barriers of its own.
-                    inner = "unsafe" if cache == "writeback" else cache
-                    target = _create_image(stack, new_file.path, wanted, inner, references, options)
+                # Nobody sees the file before it is whole and synced: the order of an image's
+                # writes needs no barriers of its own.
+                inner = "unsafe" if cache == "writeback" and dst_format == "qcow2" else cache
+                target = _create(
+                    stack, new_file.path, dst_format, wanted, inner, references, options
+                )
 
         _check_bitmap_target(bitmap_source, target)
         if wanted < source.size:
@@ -286,22 +282,57 @@ def _open_existing(
     return target
 
 
-def _create_image(
-    stack: ExitStack, path: Any, size: int, cache: str, references: Any, options: dict[str, Any]
+def _create(
+    stack: ExitStack,
+    path: Any,
+    format: str,
+    size: int,
+    cache: str,
+    references: Any,
+    options: dict[str, Any],
 ) -> Any:
-    import qcow2x
-
-    qcow2x.create(path, size, **options)
+    """The new target, empty and open."""
     encryption = options["encryption"]
-    image = qcow2x.open(
-        path,
-        "r+",
-        cache=cache,
-        references=_allow_only(options["backing_file"], options["data_file"], references),
-        key=None if encryption is None else encryption.key,
-    )
-    stack.callback(image.close)
-    return image
+    if format == "qcow2":
+        import qcow2x
+
+        qcow2x.create(path, size, **options)
+        target: Any = qcow2x.open(
+            path,
+            "r+",
+            cache=cache,
+            references=_allow_only(options["backing_file"], options["data_file"], references),
+            key=None if encryption is None else encryption.key,
+        )
+    else:
+        hints = {name: options[name] for name in ("preallocation", "nocow", "extent_size_hint")}
+        target = _create_plain(path, format, size, cache, encryption, hints)
+    stack.callback(target.close)
+    return target
+
+
+def _create_plain(
+    path: Any,
+    format: str,
+    size: int,
+    cache: str,
+    encryption: Encryption | None,
+    hints: dict[str, Any],
+) -> Any:
+    from qcow2x.ops.newfile import create_luks, create_raw
+
+    if format == "luks":
+        from qcow2x.ops.luks import LuksFile
+
+        assert encryption is not None
+        create_luks(path, size, encryption, **hints)
+        return LuksFile(path, "r+", cache, key=encryption.key)
+    create_raw(path, size, **hints)
+    disk = RawDisk(path, "r+", cache)
+    if disk.size > size:
+        # Made in whole sectors, but a copy of a disk that ends inside one ends there too.
+        disk.resize(size, shrink=True)
+    return disk
 
 
 def _allow_only(backing_file: str | None, data_file: Any, references: Any) -> Any:
@@ -323,7 +354,8 @@ def _creating() -> Iterator[None]:
 
 def _zeros_from(target: Any, size: int, is_fresh: bool) -> int:
     """Where the part of the target begins that reads as zeros before anything is written."""
-    if not is_fresh:
+    if not is_fresh or getattr(target, "format", "") == "luks":
+        # Zeros of the host decrypt to anything but zeros.
         return size
     backing = getattr(image_of(target), "backing", None)
     if backing is None:

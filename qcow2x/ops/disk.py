@@ -272,7 +272,8 @@ def open_disk(
     """Open *source* as a disk; returns it and whether the caller has to close it.
 
     *source* is an open image, a path, a descriptor or a storage object; *format* is ``"qcow2"``,
-    ``"raw"`` or None to look at the first bytes. *options* go to :func:`qcow2x.open`.
+    ``"raw"``, ``"luks"`` or None to look at the first bytes, which takes a LUKS container for a raw
+    disk. *options* go to :func:`qcow2x.open`.
     """
     if is_disk(source):
         return source, False
@@ -282,8 +283,13 @@ def open_disk(
         import qcow2x
 
         return qcow2x.open(source, mode, cache=cache, **options), True
-    if format not in ("raw", "file"):
+    if format not in ("raw", "file", "luks"):
         raise ValueError(f"Unknown driver '{format}'")
     if options.get("snapshot") is not None:
-        raise ValueError("a raw disk has no snapshots")
+        raise ValueError(f"a {format} disk has no snapshots")
+    if format == "luks":
+        from qcow2x.ops.luks import LuksFile
+
+        lock = options.get("lock", True)
+        return LuksFile(source, mode, cache, key=options.get("key"), lock=lock), True
     return RawDisk(source, mode, cache, lock=options.get("lock", True)), True

@@ -26,6 +26,7 @@ _MAX_L1_BYTES = 32 << 20
 _MAX_SNAPSHOT_EXTRA = 1024
 _MAX_SNAPSHOT_TABLE = 1024 * 65536
 _SNAPSHOT_EXTRA_V3 = 16
+_NO_ICOUNT = (1 << 64) - 1
 _MAX_BITMAP_BYTES = 512 << 20
 _BITMAP_IN_USE = 1
 _BITMAP_RESERVED, _BITMAP_OFFSET = 0xFF000000000001FE, 0x00FFFFFFFFFFFE00
@@ -169,7 +170,7 @@ class Mender:
             if self._header.version >= 3 and len(extra) < _SNAPSHOT_EXTRA_V3:
                 if len(extra) < 8:
                     extra = bytes(4) + vm_state
-                extra = extra[:8] + struct.pack(">Q", self._header.size)
+                extra = extra[:8] + struct.pack(">QQ", self._header.size, _NO_ICOUNT)
                 changed = True
             changed = changed or len(extra) < extra_bytes
             entry = entry[:36] + struct.pack(">I", len(extra)) + extra + names
