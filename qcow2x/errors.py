@@ -58,7 +58,10 @@ class UnsupportedFeature(FormatError):
 
 
 class CorruptImage(Qcow2Error, ValueError):
-    """Metadata that contradicts itself; the data behind it cannot be trusted."""
+    """Metadata that contradicts itself; the data behind it cannot be trusted. ``marked``: the image's
+    corrupt bit was set for it, and nothing is written any more."""
+
+    marked = False
 
 
 class ReferenceDenied(Qcow2Error, PermissionError):

@@ -65,7 +65,8 @@ typedef struct q2_error {
     int32_t sys_errno; /* 0 when the failure did not come from a system call */
     int32_t site;      /* enum q2_site */
     uint64_t offset;   /* host or guest offset in bytes, as the sentence says */
-    const char *what;  /* one static sentence, no full stop */
+    uint64_t index;    /* of the entry that the sentence speaks of, if it does */
+    const char *what;  /* one static sentence, no full stop; "{offset}" and "{index}" stand for these */
 } q2_error;
 
 #endif

@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
-from qcow2x._core.errors cimport fail
+from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_refblock
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
                                    guard_table_write, guard_write)
@@ -13,7 +13,7 @@ from qcow2x._core.refblock cimport get_refcount, set_refcount
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
-from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to
+from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
 from qcow2x._core.wire cimport (Q2_HDR_RT_OFFSET, Q2_MAX_HOST_OFFSET, Q2_MAX_RT_BYTES,
                                 Q2_RTE_OFFSET_MASK, q2_store_be32, q2_store_be64)
 
@@ -36,8 +36,9 @@ cdef q2_status slice_of(ImageState img, uint64_t cluster, q2_slot **slot, uint64
     if block_off == 0:
         return Q2_OK
     if block_off & (img.geo.cluster_size - 1):
-        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_LOAD, block_off,
-                    b"refcount block offset is not cluster aligned")
+        q2_store(&img.damaged, 1)
+        return fail_entry(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_LOAD, block_off, rt_idx,
+                          b"Refblock offset {offset} unaligned (reftable index: {index})")
     key = block_off + ((in_block >> per_slice_bits) << img.geo.slice_bits)
     index[0] = in_block & ((<uint64_t>1 << per_slice_bits) - 1)
     slot[0] = cache_get(&img.refblocks, key)

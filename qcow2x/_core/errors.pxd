@@ -8,6 +8,10 @@ from qcow2x._core.status cimport q2_error, q2_status
 cdef q2_status fail(q2_status status, int32_t site, uint64_t offset,
                     const char *what) noexcept nogil
 
+# The same for one entry of a table at `offset`: "{offset}" and "{index}" in `what` stand for them.
+cdef q2_status fail_entry(q2_status status, int32_t site, uint64_t offset, uint64_t index,
+                          const char *what) noexcept nogil
+
 # The same for a failed system call; sys_errno ENOSPC (and EDQUOT, EFBIG) becomes Q2_E_NOSPC.
 cdef q2_status fail_errno(int32_t sys_errno, int32_t site, uint64_t offset,
                           const char *what) noexcept nogil

@@ -37,6 +37,13 @@ cdef q2_status fail(q2_status status, int32_t site, uint64_t offset,
     return status
 
 
+cdef q2_status fail_entry(q2_status status, int32_t site, uint64_t offset, uint64_t index,
+                          const char *what) noexcept nogil:
+    fail(status, site, offset, what)
+    q2_last_error.index = index
+    return status
+
+
 cdef q2_status fail_errno(int32_t sys_errno, int32_t site, uint64_t offset,
                           const char *what) noexcept nogil:
     cdef q2_status status = Q2_E_NOSPC if means_no_room(sys_errno) else Q2_E_IO
@@ -104,8 +111,12 @@ cdef int check_status(q2_status status, object name) except -1:
     cdef q2_error detail = q2_last_error
     # A status that was returned without details must not borrow those of an older failure.
     if detail.status != status:
-        detail = q2_error(status, 0, Q2_SITE_NONE, 0, NULL)
+        detail = q2_error(status, 0, Q2_SITE_NONE, 0, 0, NULL)
     what = detail.what.decode("utf-8") if detail.what is not NULL else None
     from qcow2x.errors import exception_for
+    if what is not None and "{" in what:
+        # As C's %#x has it, which QEMU's messages are written with: no 0x in front of 0.
+        what = what.format(offset="%#x" % detail.offset if detail.offset else "0",
+                           index="%#x" % detail.index if detail.index else "0")
     raise exception_for(status, name, what, detail.sys_errno, detail.offset,
                         SITE_NAMES[detail.site])

@@ -25,7 +25,7 @@ cdef class CoreImage(ImageState):
     cdef q2_status _write_batch(self, const uint8_t *stream, const uint32_t *lengths,
                                 uint64_t clusters, const uint8_t *plain, uint64_t plain_bytes,
                                 uint64_t off) noexcept nogil
-    cdef int _raise_write(self, q2_status st) except -1
+    cdef int _raise(self, q2_status st) except -1
     cdef q2_status _open_status(self) noexcept nogil
     cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil
     cdef q2_status _takes_compressed(self, uint64_t off) noexcept nogil

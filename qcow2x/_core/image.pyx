@@ -41,6 +41,7 @@ from qcow2x._core.vmstate cimport load_vmstate, save_vmstate, vmstate_at
 from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
                                 q2_load_be64, q2_store_be64)
 from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
+from qcow2x.errors import CorruptImage
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
 DEFAULT_L2_CACHE = 32 << 20
@@ -165,7 +166,7 @@ cdef class CoreImage(ImageState):
         cdef q2_status st
         with nogil:
             st = read_guest(self, out, n, off)
-        check_status(st, self.name)
+        self._raise(st)
         return data
 
     def preadinto(self, buffer, offset):
@@ -180,7 +181,7 @@ cdef class CoreImage(ImageState):
         with nogil:
             st = read_guest(self, view.buf, n, off)
         PyBuffer_Release(&view)
-        check_status(st, self.name)
+        self._raise(st)
         return n
 
     def preadv_many(self, requests):
@@ -210,7 +211,7 @@ cdef class CoreImage(ImageState):
                 st = write_guest(self, view.buf, view.len, off, fua)
         cdef Py_ssize_t n = view.len
         PyBuffer_Release(&view)
-        self._raise_write(st)
+        self._raise(st)
         return n
 
     def pwrite_compressed(self, data, offset, *, level=None):
@@ -237,7 +238,7 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self._write_compressed(<const uint8_t *>view.buf, n, off, lvl)
         PyBuffer_Release(&view)
-        self._raise_write(st)
+        self._raise(st)
         return n
 
     cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,
@@ -300,7 +301,7 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self._write_batch(&streams[0] if streams.shape[0] else NULL, &lengths[0],
                                        clusters, &plain[0], plain.shape[0], off)
-        self._raise_write(st)
+        self._raise(st)
 
     cdef q2_status _write_batch(self, const uint8_t *stream, const uint32_t *lengths,
                                 uint64_t clusters, const uint8_t *plain, uint64_t plain_bytes,
@@ -332,7 +333,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = zero_guest(self, off, n, unmap, fua)
-        self._raise_write(st)
+        self._raise(st)
 
     def discard(self, offset, length):
         """Says that the range is not needed any more.
@@ -347,7 +348,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = discard_guest(self, off, n)
-        self._raise_write(st)
+        self._raise(st)
 
     def flush(self):
         """Everything that was written before is durable when this returns. Threads that flush at
@@ -390,7 +391,7 @@ cdef class CoreImage(ImageState):
         with nogil:
             st = save_vmstate(self, view.buf, view.len, off)
         PyBuffer_Release(&view)
-        self._raise_write(st)
+        self._raise(st)
 
     def _resize(self, size):
         """Sets the disk's size; policy (shrinking, preallocation) is the caller's."""
@@ -399,7 +400,7 @@ cdef class CoreImage(ImageState):
         check_status(self._open_status(), self.name)
         with nogil:
             st = resize_guest(self, n)
-        self._raise_write(st)
+        self._raise(st)
 
     def _allocate(self, offset, length):
         """Gives every cluster of the range a host cluster that reads as zeros."""
@@ -409,7 +410,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK and n:
             with nogil:
                 st = allocate_guest(self, off, n)
-        self._raise_write(st)
+        self._raise(st)
 
     def _clear_autoclear(self, bint bitmaps=False):
         """Autoclear features promise what a writer keeps up to date; those not kept here end with
@@ -504,7 +505,7 @@ cdef class CoreImage(ImageState):
         if n:
             with nogil:
                 st = reserve_clusters(self, n, &host_off)
-        self._raise_write(st)
+        self._raise(st)
         return host_off
 
     def _unreserve(self, host_off, nbytes):
@@ -548,14 +549,20 @@ cdef class CoreImage(ImageState):
             st = apply_snapshot(self, off, n, new_off, new_n, size)
         check_status(st, self.name)
 
-    cdef int _raise_write(self, q2_status st) except -1:
-        """check_status for what writes: a write that would have hit a table marks the image."""
+    cdef int _raise(self, q2_status st) except -1:
+        """check_status for what reads and writes: damage that no write may follow marks an image
+        that is open for writing."""
         cdef q2_error refused
-        if st == Q2_E_CORRUPT:
+        if st == Q2_E_CORRUPT and not self.read_only:
             refused = last_error()
             with nogil:
                 mark_corrupt(self)
             set_last_error(refused)
+            try:
+                check_status(st, self.name)
+            except CorruptImage as exc:
+                exc.marked = self.header.corrupt
+                raise
         return check_status(st, self.name)
 
     def _guard(self, holds, host_off, nbytes):
@@ -586,7 +593,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = unmap_guest(self, off, n)
-        self._raise_write(st)
+        self._raise(st)
 
     def _rewrite_header(self):
         """The whole header cluster as the Header object now says it, durably. Nothing may write

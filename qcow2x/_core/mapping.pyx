@@ -6,7 +6,7 @@ from libc.string cimport memcpy
 from qcow2x._core.alloc cimport alloc_clusters, release_unlinked, write_refcount
 from qcow2x._core.cache cimport (RANK_REFBLOCK, cache_after, cache_dirty, cache_drop, cache_get,
                                  q2_cache)
-from qcow2x._core.errors cimport fail
+from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.geometry cimport l1_index, l2_index
 from qcow2x._core.l2table cimport *
 from qcow2x._core.metadata cimport missing_l2
@@ -16,7 +16,7 @@ from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLO
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, q2_extent
-from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to
+from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
 from qcow2x._core.wire cimport Q2_L1E_OFFSET_MASK, Q2_OFLAG_COPIED
 
 
@@ -111,6 +111,18 @@ cdef bint entry_is_ours(ImageState img, uint64_t guest_cl, q2_l2e e) noexcept no
     return (e.entry & Q2_OFLAG_COPIED) != 0 and l2_table_is_ours(img, guest_cl)
 
 
+cdef q2_status invalid_entry(ImageState img, uint64_t guest_cl, bint for_write) noexcept nogil:
+    """A subcluster that is both allocated and zero, or one that is allocated in no cluster."""
+    cdef uint64_t guest_off = guest_cl << img.geo.cluster_bits
+    cdef uint64_t l2_off = img.l1[l1_index(&img.geo, guest_off)] & Q2_L1E_OFFSET_MASK
+    q2_store(&img.damaged, 1)
+    # The second space is QEMU's.
+    return fail_entry(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, l2_off, l2_index(&img.geo, guest_off),
+                      b"Invalid cluster entry found (L2 offset: {offset}, L2 index: {index})"
+                      if for_write else
+                      b"Invalid cluster entry found  (L2 offset: {offset}, L2 index: {index})")
+
+
 cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, bint for_write,
                           q2_plan *plan, uint64_t *miss) noexcept nogil:
     cdef uint64_t pos = guest_off
@@ -143,8 +155,7 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
             guest_cl = pos >> img.geo.cluster_bits
             cluster_end = (guest_cl + 1) << img.geo.cluster_bits
             if not is_compressed(e) and e.bitmap & (e.bitmap >> 32):
-                return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, pos,
-                            b"subcluster of this guest offset is both allocated and zero")
+                return invalid_entry(img, guest_cl, for_write)
             ours = entry_is_ours(img, guest_cl, e)
             while pos < cluster_end and pos < end:
                 in_cluster = pos & (img.geo.cluster_size - 1)
@@ -173,9 +184,7 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
                         else:
                             host_off = 0
                     elif kind == Q2_KIND_DATA:
-                        return fail(Q2_E_CORRUPT, Q2_SITE_L2_LOAD, pos,
-                                    b"subcluster of this guest offset is allocated but its"
-                                    b" cluster is not")
+                        return invalid_entry(img, guest_cl, for_write)
                 if not append(plan, for_write, kind, pos, run, host_off, comp, ours):
                     return Q2_OK
                 pos += run
@@ -217,6 +226,9 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
         st = copy_old_table(img, old_off, table)
     if st == Q2_OK:
         st = alloc_clusters(img, 1, &first, &got, &fresh, miss)
+        if st == Q2_E_CORRUPT and first == 0:
+            fail(st, Q2_SITE_L2_ALLOC_WRITE, 0,
+                 b"Preventing invalid allocation of L2 table at offset 0")
     if st == Q2_OK:
         new_off = first << img.geo.cluster_bits
         cache_drop(&img.l2, new_off, img.geo.cluster_size)

@@ -29,8 +29,8 @@ cdef q2_status load_slice_committing(ImageState img, uint64_t miss) noexcept nog
 # commit held. The file's first sector as `head` now is, durable at return.
 cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil
 
-# No lock held: after a request failed with Q2_E_CORRUPT. If it was refused because it would have hit
-# a table (overlap.pyx), the corrupt bit is set on disk and the image poisoned.
+# No lock held: after a request failed with Q2_E_CORRUPT. If it met damage that no write may follow
+# (`damaged` of state.pxd), the corrupt bit is set on disk and the image poisoned.
 cdef void mark_corrupt(ImageState img) noexcept nogil
 
 # commit held. Sets or clears the dirty bit, durably. Version 3.

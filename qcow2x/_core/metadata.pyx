@@ -398,7 +398,7 @@ cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil:
 
 
 cdef void mark_corrupt(ImageState img) noexcept nogil:
-    if not q2_load(&img.guard_hit) or q2_load(&img.broken):
+    if not q2_load(&img.damaged) or q2_load(&img.broken):
         return
     pthread_mutex_lock(&img.commit)
     # Poisoned whatever becomes of the bit; version 2 has none.

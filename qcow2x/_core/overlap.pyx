@@ -147,7 +147,7 @@ cdef q2_status guard_write(ImageState img, uint64_t host_off, uint64_t nbytes) n
     last = (host_off + nbytes - 1) >> img.geo.cluster_bits
     for cluster in range(host_off >> img.geo.cluster_bits, last + 1):
         if img.guarded.slot[find(&img.guarded, cluster)]:
-            q2_store(&img.guard_hit, 1)
+            q2_store(&img.damaged, 1)
             return fail(Q2_E_CORRUPT, Q2_SITE_DATA_WRITE, cluster << img.geo.cluster_bits,
                         b"a write of guest data would have overwritten a table of the image")
     return Q2_OK
@@ -160,6 +160,6 @@ cdef q2_status guard_table_write(ImageState img, uint32_t holds, uint64_t host_o
     found = img.guarded.slot[find(&img.guarded, host_off >> img.geo.cluster_bits)] & 7
     if found == 0 or found == holds:
         return Q2_OK
-    q2_store(&img.guard_hit, 1)
+    q2_store(&img.damaged, 1)
     return fail(Q2_E_CORRUPT, Q2_SITE_L2_UPDATE, host_off,
                 b"a table of the image lies where another table is")

@@ -106,7 +106,8 @@ cdef class ImageState(Storage):
     cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
                                     # anything is written; cleared under meta, exclusive
     cdef uint64_t lazy_dirty        # 1: the dirty bit is on disk, so refcounts there may be wrong
-    cdef uint64_t guard_hit         # 1 after a write was refused because it would hit a table
+    cdef uint64_t damaged           # 1 after damage was met that no write may follow: a table where a
+                                    # write would go, an entry that no writer makes
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far
 

@@ -79,4 +79,5 @@ cdef extern from "qcow2x/status.h" nogil:
         int32_t sys_errno
         int32_t site
         uint64_t offset
+        uint64_t index
         const char *what

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,21 @@ def failing_as(text: str) -> Iterator[None]:
     except Exception as exc:
         if not is_expected(exc):
             raise
+        _tell_corruption(exc)
         raise Failed(f"{text}: {os.strerror(error_number(exc))}") from exc
+
+
+def _tell_corruption(exc: Exception) -> None:
+    """What was found damaged is told besides what failed for it."""
+    from qcow2x.errors import CorruptImage
+
+    if isinstance(exc, CorruptImage) and exc.site != "compressed_read":
+        what = exc.what or str(exc)
+        if exc.marked:
+            text = f"Marking image as corrupt: {what}; further"
+        else:
+            text = f"Image is corrupt: {what}; further non-fatal"
+        print(f"qcow2: {text} corruption events will be suppressed", file=sys.stderr)
 
 
 def is_expected(exc: Exception) -> bool:

@@ -140,6 +140,26 @@ def _run(argv: list[str]) -> int:
     return _run_commands(session, commands)
 
 
+def _closed(session: Session) -> bool:
+    """Closes the file. What cannot be written now is lost."""
+    from qcow2x.cli import words
+    from qcow2x.cli.io.disk import is_expected
+    from qcow2x.errors import ImageBroken
+
+    try:
+        session.close()
+    except ImageBroken:
+        # What broke it was told when it did.
+        return False
+    except Exception as exc:
+        if not is_expected(exc):
+            raise
+        report(f"Failed to flush the L2 table cache: {words.reason(exc)}")
+        report(f"Failed to flush the refcount block cache: {words.reason(exc)}")
+        return False
+    return True
+
+
 def _read_secrets(objects: list[str]) -> dict[str, bytes]:
     if not objects:
         return {}
@@ -171,17 +191,7 @@ def _run_commands(session: Session, commands: list[str]) -> int:
                 break
         session.drain()
     finally:
-        try:
-            session.close()
-        except OSError as exc:
-            from qcow2x.cli.words import reason
-            from qcow2x.errors import ImageBroken
-
-            failed = True
-            # Of what broke the image was told when it did.
-            if not isinstance(exc, ImageBroken):
-                report(f"Failed to flush the L2 table cache: {reason(exc)}")
-                report(f"Failed to flush the refcount block cache: {reason(exc)}")
+        failed |= not _closed(session)
     return 1 if failed else 0
 
 
