@@ -42,7 +42,10 @@ def _truncate(session: Session, argv: list[str]) -> None:
     except Exception as exc:
         if not is_expected(exc):
             raise
-        raise CommandError(words.reason(exc)) from exc
+        # QEMU does not say which file: there is one.
+        image = session.open_disk.image
+        name = "" if image is None else f"{image.name}: "
+        raise CommandError(words.reason(exc).removeprefix(name)) from exc
 
 
 def _length(session: Session, argv: list[str]) -> None:
