@@ -117,7 +117,6 @@ def test_options_instead_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == 2 * "Image committed.\n"
 
 
-@pytest.mark.not_for_qemu("its base has a json: name, which only the tools follow")
 def test_a_guessed_raw_base_and_no_room(capsys: pytest.CaptureFixture[str]) -> None:
     limited = "json:" + json.dumps(
         {
