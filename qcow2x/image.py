@@ -133,6 +133,7 @@ class _Opener:
         self.overlap_check = "cached"
         self.discard_to_host = True
         self.lazy_refcounts: bool | None = None
+        self.rebuilt: CheckResult | None = None
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -158,7 +159,7 @@ class _Opener:
                     from qcow2x.ops.check import rebuild_refcounts
 
                     # Whoever wrote last did not get to its end.
-                    rebuild_refcounts(storage, header)
+                    self.rebuilt = rebuild_refcounts(storage, header)
                     header = _load_header(storage)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
@@ -218,6 +219,7 @@ class _Opener:
                     lazy_refcounts=self._is_lazy(header),
                 )
             assert image is not None
+            image.rebuilt = self.rebuilt
             image._own(mine, self.locks, self.overlap_check == "all")
             mine, self.locks = [], []
             return image
@@ -310,6 +312,9 @@ class Image(CoreImage):
     disk; positional calls move no cursor. The reading and writing methods are those of
     :class:`qcow2x._core.image.CoreImage`.
     """
+
+    #: What opening found and repaired in an image with the dirty bit; None without it.
+    rebuilt: CheckResult | None = None
 
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
@@ -697,7 +702,9 @@ def _layer_run(
     layers: list[Storage], depth: int, at: int, nbytes: int, kind: int, host: int
 ) -> list[Extent | tuple[int, int, int]]:
     if kind != _UNALLOCATED:
-        host_offset = host if host and kind != _COMPRESSED else None
+        # Data may lie at offset 0 of an external data file; elsewhere 0 is no place.
+        has_place = kind == _DATA or (kind == _ZERO and host)
+        host_offset = host if has_place else None
         zero = kind == _ZERO
         layer = layers[depth]
         name = layer._data.name if isinstance(layer, Image) else layer.name
