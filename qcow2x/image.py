@@ -702,7 +702,9 @@ def _layer_run(
     layers: list[Storage], depth: int, at: int, nbytes: int, kind: int, host: int
 ) -> list[Extent | tuple[int, int, int]]:
     if kind != _UNALLOCATED:
-        host_offset = host if host and kind != _COMPRESSED else None
+        # Data may lie at offset 0 of an external data file; elsewhere 0 is no place.
+        has_place = kind == _DATA or (kind == _ZERO and host)
+        host_offset = host if has_place else None
         zero = kind == _ZERO
         layer = layers[depth]
         name = layer._data.name if isinstance(layer, Image) else layer.name
