@@ -133,7 +133,11 @@ class _Opener:
         self.overlap_check = "cached"
         self.discard_to_host = True
         self.lazy_refcounts: bool | None = None
+<<<<<<< HEAD
         self.repaired: CheckResult | None = None
+=======
+        self.rebuilt: CheckResult | None = None
+>>>>>>> main
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -159,7 +163,11 @@ class _Opener:
                     from qcow2x.ops.check import rebuild_refcounts
 
                     # Whoever wrote last did not get to its end.
+<<<<<<< HEAD
                     self.repaired = rebuild_refcounts(storage, header)
+=======
+                    self.rebuilt = rebuild_refcounts(storage, header)
+>>>>>>> main
                     header = _load_header(storage)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
@@ -219,7 +227,11 @@ class _Opener:
                     lazy_refcounts=self._is_lazy(header),
                 )
             assert image is not None
+<<<<<<< HEAD
             image.repaired = self.repaired
+=======
+            image.rebuilt = self.rebuilt
+>>>>>>> main
             image._own(mine, self.locks, self.overlap_check == "all")
             mine, self.locks = [], []
             return image
@@ -312,6 +324,9 @@ class Image(CoreImage):
     disk; positional calls move no cursor. The reading and writing methods are those of
     :class:`qcow2x._core.image.CoreImage`.
     """
+
+    #: What opening found and repaired in an image with the dirty bit; None without it.
+    rebuilt: CheckResult | None = None
 
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
@@ -701,7 +716,9 @@ def _layer_run(
     layers: list[Storage], depth: int, at: int, nbytes: int, kind: int, host: int
 ) -> list[Extent | tuple[int, int, int]]:
     if kind != _UNALLOCATED:
-        host_offset = host if host and kind != _COMPRESSED else None
+        # Data may lie at offset 0 of an external data file; elsewhere 0 is no place.
+        has_place = kind == _DATA or (kind == _ZERO and host)
+        host_offset = host if has_place else None
         zero = kind == _ZERO
         layer = layers[depth]
         name = layer._data.name if isinstance(layer, Image) else layer.name

@@ -55,6 +55,7 @@ def test_a_flush_writes_the_mapping_alone(tmp_path: Path) -> None:
         assert found["corruptions"] == 2
         with qcow2x.open(path) as other:
             assert other.pread(512, 0) == b"x" * 512
+        path.unlink()
         recorder.log.clear()
         image.pwrite(b"y" * 65536, 65536)
         image.flush()
@@ -108,6 +109,7 @@ def test_a_cut_of_power_at_any_instant(tmp_path: Path, cluster_size: int, cache:
                 found = image.check()
                 assert not found.corruptions and not found.check_errors, happened
         with qcow2x.open(crashed, "r+") as image:
+            assert (image.rebuilt is not None) == before.dirty
             found = image.check()
             assert not found.corruptions and not found.check_errors, (happened, found.findings)
             session.assert_plausible(happened, image.pread(image.size, 0))

@@ -152,3 +152,19 @@ def test_names(name: str, expected: dict[str, str]) -> None:
 def test_names_refused(name: str) -> None:
     with pytest.raises(OptionError, match="No valid URL specified"):
         NbdNode.parse_filename(name, {})
+
+
+@needs_server
+def test_convert_overwrites_an_export(folder: Path) -> None:
+    from cli_helpers import run
+
+    content = b"new" * 200_000 + bytes(424)
+    Path("source").write_bytes(content.ljust(1 << 20, b"\0"))
+    Path("a").write_bytes(b"old." * (1 << 18))
+    with served("-f", "raw", "a"):
+        assert run("convert", "-f", "raw", "-O", "raw", "source", "nbd:unix:s") == 0
+        assert run("compare", "-q", "-f", "raw", "-F", "raw", "source", "nbd:unix:s") == 0
+        Path("longer").write_bytes(bytes(2 << 20))
+        assert run("convert", "-f", "raw", "-O", "raw", "longer", "nbd:unix:s") == 1
+        assert run("convert", "-f", "raw", "-O", "qcow2", "source", "nbd:unix:s") == 1
+    assert Path("a").read_bytes() == Path("source").read_bytes()

@@ -122,7 +122,8 @@ def main(argv: list[str]) -> int:
             disks[0] = stack.enter_context(wanted.open(disks[0]))
         options = _target_options(parsed, format, lists, target, secrets, len(disks))
         destination: Any = target.removeprefix("file:")
-        if parsed.flag("no-create"):
+        is_there = parsed.flag("no-create") or _is_export(target, format)
+        if is_there:
             destination = stack.enter_context(
                 open_disk(
                     target,
@@ -136,7 +137,8 @@ def main(argv: list[str]) -> int:
             )
             if destination.size < sum(disk.size for disk in disks):
                 raise CommandError("output file is smaller than input file")
-        result = _convert(parsed, disks, destination, target, format, options | numbers, bar)
+        options |= numbers
+        result = _convert(parsed, disks, destination, is_there, target, format, options, bar)
         bar.finish()
     for name in result.skipped_bitmaps:
         warn(f"Skipping inconsistent bitmap '{name}'")
@@ -147,6 +149,7 @@ def _convert(
     parsed: Parsed,
     disks: list[Any],
     destination: Any,
+    is_there: bool,
     target: str,
     format: str | None,
     options: dict[str, Any],
@@ -166,7 +169,7 @@ def _convert(
                 dst_format=format or "raw",
                 compress=parsed.flag("compress"),
                 level=None if level is None else number(level, "compression level", 1, 22, 1),
-                target_exists=parsed.flag("no-create"),
+                target_exists=is_there,
                 target_is_zero=parsed.flag("target-is-zero"),
                 bitmaps=bitmaps,
                 salvage=parsed.flag("salvage"),
@@ -187,6 +190,11 @@ def _convert(
 def _tell_damage(damage: Damage) -> None:
     what = "block status at " if damage.what == "status" else ""
     warn(f"error while reading {what}offset {damage.offset}: {why(damage.error)}")
+
+
+def _is_export(target: str, format: str | None) -> bool:
+    """A disk that a server shows cannot be made; making a raw one there means to overwrite it."""
+    return format == "raw" and target.startswith(("nbd:", "nbd+", "nbds:", "nbds+"))
 
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -261,7 +269,8 @@ def _target_options(
     backing = parsed.value("target-backing", parsed.value("backing"))
     given = None
     if not parsed.flag("no-create"):
-        given = FormatOptions(descriptions_for(format or "", target))
+        path = None if _is_export(target, format) else target
+        given = FormatOptions(descriptions_for(format or "", path))
         given.parse(lists)
         for name, value, what in (
             ("backing_file", backing, "Backing file"),

@@ -10,6 +10,7 @@ from qcow2x.cli.report import CommandError
 
 if TYPE_CHECKING:
     from qcow2x.drivers import Node
+    from qcow2x.image import Image
 
 #: What a guest writes into a raw disk could make it look like another format the next time.
 _GUESSED_RAW = """\
@@ -39,12 +40,14 @@ def open_disk(
         node = open_node(name, format=format, image_opts=image_opts, secrets=secrets, **options)
     except Exception as exc:
         raise failure(exc, f"Could not open '{name}'") from exc
+    tell_rebuilt(node.image)
     if node.driver == "raw" and node.probed and node.writable:
         print(_GUESSED_RAW.format(node.children["file"].filename), file=sys.stderr)
     tell_of_repair(node)
     return node
 
 
+<<<<<<< HEAD
 def tell_of_repair(node: Node) -> None:
     """Says what opening an image for writing has repaired that was not closed by its last writer."""
     while node.image is None and node.file is not None:
@@ -55,6 +58,16 @@ def tell_of_repair(node: Node) -> None:
 
         for line in repair_lines(repaired, "all"):
             print(line, file=sys.stderr)
+=======
+def tell_rebuilt(image: Image | None) -> None:
+    """Tells what was repaired because the last writer of an image did not get to close it."""
+    if image is None or image.rebuilt is None:
+        return
+    from qcow2x.cli.checktext import repair_lines
+
+    for line in repair_lines(image.rebuilt, "all"):
+        print(line, file=sys.stderr)
+>>>>>>> main
 
 
 def stored_in(node: Node) -> str:

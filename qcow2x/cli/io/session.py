@@ -142,6 +142,10 @@ class Session:
             node = Overlay(node, writable=opening.writable)
         elif node.probed and node.driver == "raw" and opening.writable:
             _warn_of_probing(node.filename)
+        if node.image is not None and node.image.rebuilt is not None:
+            from qcow2x.cli.opening import tell_rebuilt
+
+            tell_rebuilt(node.image)
         self.opening = opening
         self.disk = Disk(node, durable=opening.durable)
 
