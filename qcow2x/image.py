@@ -133,11 +133,7 @@ class _Opener:
         self.overlap_check = "cached"
         self.discard_to_host = True
         self.lazy_refcounts: bool | None = None
-<<<<<<< HEAD
-        self.repaired: CheckResult | None = None
-=======
         self.rebuilt: CheckResult | None = None
->>>>>>> main
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
 
@@ -163,11 +159,7 @@ class _Opener:
                     from qcow2x.ops.check import rebuild_refcounts
 
                     # Whoever wrote last did not get to its end.
-<<<<<<< HEAD
-                    self.repaired = rebuild_refcounts(storage, header)
-=======
                     self.rebuilt = rebuild_refcounts(storage, header)
->>>>>>> main
                     header = _load_header(storage)
                 if top and self.snapshot is not None:
                     wanted = _snapshot.find(
@@ -227,11 +219,7 @@ class _Opener:
                     lazy_refcounts=self._is_lazy(header),
                 )
             assert image is not None
-<<<<<<< HEAD
-            image.repaired = self.repaired
-=======
             image.rebuilt = self.rebuilt
->>>>>>> main
             image._own(mine, self.locks, self.overlap_check == "all")
             mine, self.locks = [], []
             return image
@@ -331,8 +319,6 @@ class Image(CoreImage):
     _owned: tuple[Storage, ...] = ()
     _locks: tuple[ImageLock, ...] = ()
     _guard_all = False
-    #: What opening it has repaired, where its last writer did not get to close it; else None.
-    repaired: CheckResult | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

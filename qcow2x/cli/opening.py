@@ -43,22 +43,9 @@ def open_disk(
     tell_rebuilt(node.image)
     if node.driver == "raw" and node.probed and node.writable:
         print(_GUESSED_RAW.format(node.children["file"].filename), file=sys.stderr)
-    tell_of_repair(node)
     return node
 
 
-<<<<<<< HEAD
-def tell_of_repair(node: Node) -> None:
-    """Says what opening an image for writing has repaired that was not closed by its last writer."""
-    while node.image is None and node.file is not None:
-        node = node.file
-    repaired = node.image.repaired if node.image is not None else None
-    if repaired is not None:
-        from qcow2x.cli.checktext import repair_lines
-
-        for line in repair_lines(repaired, "all"):
-            print(line, file=sys.stderr)
-=======
 def tell_rebuilt(image: Image | None) -> None:
     """Tells what was repaired because the last writer of an image did not get to close it."""
     if image is None or image.rebuilt is None:
@@ -67,7 +54,6 @@ def tell_rebuilt(image: Image | None) -> None:
 
     for line in repair_lines(image.rebuilt, "all"):
         print(line, file=sys.stderr)
->>>>>>> main
 
 
 def stored_in(node: Node) -> str:

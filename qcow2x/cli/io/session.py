@@ -122,7 +122,6 @@ class Session:
 
     def _open(self, opening: Opening) -> None:
         from qcow2x.cli.io.disk import Disk
-        from qcow2x.cli.opening import tell_of_repair
         from qcow2x.drivers import open_node
 
         node: Any = open_node(
@@ -135,7 +134,6 @@ class Session:
             copy_on_read=opening.copy_on_read,
             secrets=self._secrets(),
         )
-        tell_of_repair(node)
         if opening.snapshot:
             from qcow2x.cli.io.overlay import Overlay
 
