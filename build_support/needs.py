@@ -7,6 +7,7 @@ installs it).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -90,6 +91,15 @@ def missing_programs(*names: str) -> list[Need]:
     # Debian keeps mke2fs where only root's PATH looks.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     return [_PROGRAM_NEEDS[name] for name in names if not shutil.which(name, path=path)]
+
+
+def missing_libnbd() -> list[Need]:
+    """What the nbd driver loads when it is used."""
+    try:
+        ctypes.CDLL("libnbd.so.0")
+    except OSError:
+        return [Need("libnbd", ("libnbd0",), ("libnbd",))]
+    return []
 
 
 def _has_library(name: str) -> bool:

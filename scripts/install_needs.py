@@ -19,8 +19,8 @@ from build_support import needs
 
 JOBS = {
     "build": lambda: [*needs.missing_for_venv(), *needs.missing_for_build()],
-    "test": lambda: needs.missing_programs("qemu-img", "mke2fs", "git"),
-    "iotests": lambda: needs.missing_programs("qemu-img"),
+    "test": lambda: [*needs.missing_programs("qemu-img", "mke2fs", "git"), *needs.missing_libnbd()],
+    "iotests": lambda: [*needs.missing_programs("qemu-img"), *needs.missing_libnbd()],
     "demo": lambda: needs.missing_programs("qemu-img", "mke2fs"),
 }
 

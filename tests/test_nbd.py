@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,34 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.qemu import tool
 
 import qcow2x
 from qcow2x.cli import words
 from qcow2x.drivers import OptionError, open_node
-from qcow2x.drivers.libnbd import _library
 from qcow2x.drivers.nbd import NbdNode
-
-SERVER = shutil.which("qemu-nbd")
-
-
-def _has_libnbd() -> bool:
-    try:
-        _library()
-    except OptionError:
-        return False
-    return True
-
-
-needs_server = pytest.mark.skipif(
-    SERVER is None or not _has_libnbd(), reason="needs qemu-nbd and libnbd"
-)
 
 
 @contextmanager
 def served(*arguments: str) -> Iterator[None]:
     """A server on the socket ``s`` in the working folder."""
-    assert SERVER is not None
-    server = subprocess.Popen([SERVER, "-k", str(Path("s").absolute()), "-t", *arguments])
+    server = subprocess.Popen([tool("qemu-nbd"), "-k", str(Path("s").absolute()), "-t", *arguments])
     try:
         while not Path("s").exists():
             assert server.poll() is None
@@ -55,7 +38,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@needs_server
 def test_read_write_zero_and_trim(folder: Path) -> None:
     Path("a").write_bytes(b"x" * (1 << 20) + b"tail")
     with served("-f", "raw", "--discard=unmap", "a"):
@@ -76,7 +58,6 @@ def test_read_write_zero_and_trim(folder: Path) -> None:
     assert Path("a").read_bytes()[:1500] == b"x" * 500 + b"y" * 1000
 
 
-@needs_server
 def test_an_image_over_nbd(folder: Path) -> None:
     qcow2x.create("a", 1 << 20)
     # A server cannot make its file longer: the image grows into what is there.
@@ -93,7 +74,6 @@ def test_an_image_over_nbd(folder: Path) -> None:
     assert qcow2x.check("a").clean
 
 
-@needs_server
 def test_depth_and_bitmaps(folder: Path) -> None:
     qcow2x.create("a", 1 << 20)
     with open_node("a", writable=True) as node:
@@ -121,7 +101,6 @@ def test_depth_and_bitmaps(folder: Path) -> None:
         )
 
 
-@needs_server
 def test_no_server(folder: Path) -> None:
     with pytest.raises(Exception) as caught:
         open_node("nbd:unix:none")
@@ -154,7 +133,6 @@ def test_names_refused(name: str) -> None:
         NbdNode.parse_filename(name, {})
 
 
-@needs_server
 def test_convert_overwrites_an_export(folder: Path) -> None:
     from cli_helpers import run
 
