@@ -111,7 +111,8 @@ class FlagChange(NamedTuple):
 
     #: ``"l1"`` or ``"l2"``: the table that the entry stands in.
     structure: str
-    index: int
+    #: Which entry of it. (A tuple's own method of that name is of no use here.)
+    index: int  # type: ignore[assignment]
     guest_offset: int
     #: The entry as it was.
     entry: int

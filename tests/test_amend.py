@@ -63,7 +63,9 @@ def test_a_refcount_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     model = filled(path)
     with qcow2x.open(path, "r+") as image:
         image.snapshots.create("s")
-    with pytest.raises(qcow2x.UnsupportedFeature, match=r"Cluster at offset 0x\w+ has a refcount of 2"):
+    with pytest.raises(
+        qcow2x.UnsupportedFeature, match=r"Cluster at offset 0x\w+ has a refcount of 2"
+    ):
         qcow2x.amend(path, refcount_bits=1)
     holds(path, model)
     qcow2x.amend(path, refcount_bits=2)

@@ -175,7 +175,10 @@ def test_size_of_a_backing_file_that_is_no_qcow2_image(tmp_path):
         ({"compat": "0.10", "refcount_bits": 8}, "Different refcount widths than 16 bits"),
         ({"compat": "0.10", "lazy_refcounts": True}, "Lazy refcounts only supported"),
         ({"compat": "0.10", "extended_l2": True}, "Extended L2 entries are only supported"),
-        ({"compat": "0.10", "compression_type": "zstd"}, "Non-zlib compression type is only supported"),
+        (
+            {"compat": "0.10", "compression_type": "zstd"},
+            "Non-zlib compression type is only supported",
+        ),
         ({"extended_l2": True, "cluster_size": 8192}, "at least 16384"),
         ({"compression_type": "lzma"}, "'compression-type' does not accept"),
         ({"preallocation": "some"}, "'preallocation' does not accept"),

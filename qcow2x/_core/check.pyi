@@ -8,6 +8,7 @@ class Checker:
     l1_tables: list[tuple[int, int, bool]]
     shared_l2: set[int]
     missing_blocks: list[int]
+    used_blocks: set[int]
     rt_shared: bool
     storage: Storage
     header: Header
@@ -25,6 +26,8 @@ class Checker:
     def refcount_table(self) -> list[tuple[int, bool]]: ...
     @property
     def wrong_flags(self) -> int: ...
+    @property
+    def refcounts_lost(self) -> bool: ...
     @property
     def refs_hidden(self) -> bool: ...
     @property

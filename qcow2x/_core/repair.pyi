@@ -2,6 +2,7 @@ from collections.abc import Callable, Container
 
 from qcow2x._core.check import Checker
 from qcow2x._core.storage import Storage
+from qcow2x.types import FlagChange
 
 STEP_NEW: int
 STEP_LINK: int
@@ -22,6 +23,7 @@ class EntryFixer:
 
 class RefcountFixer(Checker):
     flags_set: int
+    flag_changes: list[FlagChange]
     def fix(
         self,
         write: Callable[[int, bytes, int], object],

@@ -174,7 +174,7 @@ def create_image(path: str, format: str, options: FormatOptions, secrets: dict[s
     target = path.removeprefix("file:")
     size = options.number("size") or 0
     size += -size % _SECTOR
-    hints = {
+    hints: dict[str, Any] = {
         "nocow": options.flag("nocow"),
         "extent_size_hint": options.number("extent_size_hint") or 0,
     }
@@ -250,12 +250,12 @@ def encryption_of(
         for name in options.given():
             if name.startswith(prefix) and name[len(prefix) :] not in ("format", "key-secret"):
                 raise CommandError(f"Parameter '{name}' is unexpected")
-    name = options.text(f"{prefix}key-secret")
-    if name is None:
+    secret = options.text(f"{prefix}key-secret")
+    if secret is None:
         raise CommandError(f"Parameter '{prefix}key-secret' is required for cipher")
-    if name not in secrets:
-        raise CommandError(f"No secret with id '{name}'")
-    given = {
+    if secret not in secrets:
+        raise CommandError(f"No secret with id '{secret}'")
+    given: dict[str, Any] = {
         "cipher": options.text(f"{prefix}cipher-alg"),
         "mode": options.text(f"{prefix}cipher-mode"),
         "ivgen": options.text(f"{prefix}ivgen-alg"),
@@ -264,7 +264,7 @@ def encryption_of(
         "iter_time_ms": options.number(f"{prefix}iter-time"),
     }
     known = {key: value for key, value in given.items() if value is not None}
-    return Encryption(secrets[name], format=format, **known)
+    return Encryption(secrets[secret], format=format, **known)
 
 
 def _preallocation(options: FormatOptions) -> str:

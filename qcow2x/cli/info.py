@@ -125,7 +125,8 @@ def allocated_bytes(node: Node) -> int | None:
     """Bytes that the host gives to a node's files; None where a driver cannot tell."""
     if node.is_protocol and not node.children:
         try:
-            return os.fstat(node.storage.fileno()).st_blocks * 512
+            descriptor: Any = node.storage
+            return os.fstat(descriptor.fileno()).st_blocks * 512
         except (AttributeError, OSError):
             return None
     total = 0
@@ -141,7 +142,8 @@ def allocated_bytes(node: Node) -> int | None:
 def _describe_qcow2(node: Node, info: dict[str, Any]) -> None:
     from qcow2x.drivers.errors import OptionError
 
-    header: Any = node.header
+    described: Any = node
+    header = described.header
     storage = node.children["file"].storage
     info["cluster-size"] = header.cluster_size
     info["dirty-flag"] = header.dirty

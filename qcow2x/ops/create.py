@@ -394,8 +394,8 @@ class Hints(NamedTuple):
                 fields = bytearray(_FSXATTR.size)
                 fcntl.ioctl(storage.fileno(), _FS_IOC_FSGETXATTR, fields)
                 flags, _, *others = _FSXATTR.unpack(fields)
-                fields = _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, self.extent_size, *others)
-                fcntl.ioctl(storage.fileno(), _FS_IOC_FSSETXATTR, fields)
+                changed = _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, self.extent_size, *others)
+                fcntl.ioctl(storage.fileno(), _FS_IOC_FSSETXATTR, changed)
 
 
 # From the kernel's headers linux/fs.h; struct fsxattr is flags, extent size, and what stays.
