@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.qemu import patiently
+
 from qcow2x.cli.main import main
 
 MIB = 1 << 20
@@ -15,7 +17,7 @@ MIB = 1 << 20
 
 def qemu(tool: str, *args: object, ok: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
     """Run one of QEMU's tools; a status outside *ok* fails the test."""
-    done = subprocess.run([tool, *map(str, args)], capture_output=True, text=True, check=False)
+    done = patiently([tool, *map(str, args)])
     assert done.returncode in ok, (done.args, done.returncode, done.stdout, done.stderr)
     return done
 

@@ -7,6 +7,7 @@ import tracemalloc
 from contextlib import suppress
 
 import pytest
+from support.qemu import patiently
 
 from qcow2x._core.header import FEATURE_NAMES, Header, cluster_size_of, feature_name_table
 from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
@@ -364,10 +365,7 @@ def test_luks_and_data_file_written_by_qemu_are_read(tmp_path):
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=pass"]
     command += ["-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
     command += [str(tmp_path / "luks.qcow2"), "1M"]
-    # On a busy machine QEMU cannot always tell how fast it is, and gives up.
-    for _ in range(10):
-        if subprocess.run(command).returncode == 0:
-            break
+    assert patiently(command).returncode == 0
     header = load(tmp_path / "luks.qcow2")
     assert header.encryption == "luks"
     assert header.crypto_header[0] % CLUSTER == 0 and header.crypto_header[1] > 0
