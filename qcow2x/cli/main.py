@@ -101,6 +101,10 @@ def run_safely(run: Callable[[list[str]], int], args: list[str]) -> int:
         # File names are bytes: print those that are not valid UTF-8 as they are.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        # As C's stdio has it, also where PYTHONUNBUFFERED is set: what order output and messages
+        # come in, where both go into one pipe, is not to hang on it.
+        sys.stdout.reconfigure(write_through=False, line_buffering=sys.stdout.isatty())
     before = _terminate_on_sigterm()
     try:
         status = run(args)
