@@ -75,6 +75,10 @@ def core_extensions() -> list[Extension]:
 
 
 class BuildCore(build_ext):
+    #: For a build of another kind: what the compiler is told besides, and where it leaves its mark.
+    more_arguments: tuple[str, ...] = ()
+    stamp_name = "compiled-with"
+
     def run(self) -> None:
         needs.require_toolchain()
         try:
@@ -109,6 +113,7 @@ class BuildCore(build_ext):
             *(DEBUG if debug_build() else RELEASE),
             *sanitizers(),
             *needs.pkg_config("--cflags", *needs.LIBRARIES),
+            *self.more_arguments,
         ]
         link_args = [
             "-Wl,--as-needed",
@@ -124,11 +129,10 @@ class BuildCore(build_ext):
             extension.depends = [*extension.depends, stamp]
         super().run()
 
-    @staticmethod
-    def _stamp(arguments: list[str]) -> str:
+    def _stamp(self, arguments: list[str]) -> str:
         """A file that is younger than the modules exactly when the arguments have changed since,
         which distutils by itself does not notice."""
-        stamp = Path("build", "compiled-with")
+        stamp = Path("build", self.stamp_name)
         text = "\n".join([sys.version, os.environ.get("CFLAGS", ""), *arguments])
         if not stamp.exists() or stamp.read_text() != text:
             stamp.parent.mkdir(exist_ok=True)

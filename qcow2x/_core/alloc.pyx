@@ -5,6 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_refblock
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
@@ -380,7 +381,7 @@ cdef q2_status add_refblock(ImageState img, uint64_t rt_idx) noexcept nogil:
     free(block)
     # Edge: the block before the table entry that points to it; the entry before anything that
     # counts on a refcount in the block, so both are durable before this returns.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFBLOCK_BEFORE_REFTABLE):
         st = barrier(img)
     if st != Q2_OK:
         return st
@@ -449,14 +450,15 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
     st = write_table(img, Q2_SITE_REFTABLE_GROW_WRITE, buf, total << cbits, start << cbits)
     free(buf)
     # Edge: the whole new table before the header that points to it.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFTABLE_BEFORE_HEADER):
         st = barrier(img)
     if st == Q2_OK:
         table_off = (start + blocks) << cbits
         q2_store_be64(img.head + Q2_HDR_RT_OFFSET, table_off)
         q2_store_be32(img.head + Q2_HDR_RT_OFFSET + 8, <uint32_t>table_clusters)
         st = write_table(img, Q2_SITE_REFTABLE_GROW_ACTIVATE, img.head, 512, 0)
-        if st == Q2_OK:
+        # Edge: the header before the old table is free.
+        if st == Q2_OK and q2_keeps(Q2_EDGE_HEADER_BEFORE_REFTABLE_FREED):
             st = barrier(img)
         if st != Q2_OK:
             q2_store_be64(img.head + Q2_HDR_RT_OFFSET, img.rt_offset)
