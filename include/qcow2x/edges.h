@@ -24,16 +24,13 @@
     X(UNMAPPED_BEFORE_FREED, "a mapping comes back to a cluster that is counted as free")          \
     X(REFBLOCK_BEFORE_REFTABLE, "the refcount table names a block that is not there")              \
     X(REFTABLE_BEFORE_HEADER, "the header names a refcount table that is not there")               \
-    X(HEADER_BEFORE_REFTABLE_FREED, "the header names a refcount table that is something else")    \
     X(L1_WRITTEN_BEFORE_COPIED, "a longer L1 names tables that are not there")                     \
     X(L1_BEFORE_HEADER, "the header names an L1 table that is not there")                          \
-    X(HEADER_BEFORE_L1_FREED, "the header names an L1 table that is something else")               \
     X(UNMAPPED_BEFORE_SHRUNK, "a disk that shrinks and grows shows its old bytes")                 \
     X(ZEROED_BEFORE_GROWN, "a disk that grows shows what was behind its end")                      \
     X(SIZE_BEFORE_RESIZE_RETURNS, "a resize that was done is undone")                              \
     X(DIRTY_BEFORE_SNAPSHOT_STEPS, "half a snapshot's refcounts and nothing says so")              \
     X(SNAPSHOT_BEFORE_HEADER, "the header names a snapshot that is not there, or writable yet")    \
-    X(HEADER_BEFORE_SNAPSHOT_RETURNS, "a snapshot that was made is gone, or its table reused")     \
     X(SNAPSHOTS_BEFORE_HEADER, "the header names a table of snapshots that is not there")          \
     X(SNAPSHOT_GONE_BEFORE_FREED, "a snapshot that comes back has lost its clusters")              \
     X(SNAPSHOT_L1_BEFORE_HEADER, "the disk's L1 table is not there")                               \
@@ -45,7 +42,7 @@
     X(AUTOCLEAR_BEFORE_WRITE, "a feature's promise stands and is broken")
 
 #define Q2_EDGE_ENUM_(name, why) Q2_EDGE_##name,
-/* NONE: a barrier that makes a result durable and orders nothing. */
+/* NONE: a barrier that makes a result durable and orders nothing that another does not. */
 enum q2_edge { Q2_EDGE_NONE, Q2_EDGES(Q2_EDGE_ENUM_) Q2_EDGE_COUNT };
 #undef Q2_EDGE_ENUM_
 

@@ -457,8 +457,7 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
         q2_store_be64(img.head + Q2_HDR_RT_OFFSET, table_off)
         q2_store_be32(img.head + Q2_HDR_RT_OFFSET + 8, <uint32_t>table_clusters)
         st = write_table(img, Q2_SITE_REFTABLE_GROW_ACTIVATE, img.head, 512, 0)
-        # Edge: the header before the old table is free.
-        if st == Q2_OK and q2_keeps(Q2_EDGE_HEADER_BEFORE_REFTABLE_FREED):
+        if st == Q2_OK:
             st = barrier(img)
         if st != Q2_OK:
             q2_store_be64(img.head + Q2_HDR_RT_OFFSET, img.rt_offset)

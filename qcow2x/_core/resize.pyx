@@ -82,7 +82,7 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
     if st == Q2_OK:
         q2_store_be32(img.head + Q2_HDR_L1_SIZE, <uint32_t>entries)
         q2_store_be64(img.head + Q2_HDR_L1_OFFSET, first << cbits)
-        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE, Q2_EDGE_HEADER_BEFORE_L1_FREED)
+        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE, Q2_EDGE_NONE)
         if st != Q2_OK:
             q2_store_be32(img.head + Q2_HDR_L1_SIZE, img.l1_size)
             q2_store_be64(img.head + Q2_HDR_L1_OFFSET, img.l1_offset)

@@ -301,7 +301,7 @@ cdef q2_status create_snapshot(ImageState img, uint64_t l1_copy_off, const q2_ta
     if st == Q2_OK:
         name_table(img, table)
         mark_dirty(img, False)
-        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_HEADER_BEFORE_SNAPSHOT_RETURNS)
+        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_NONE)
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     if st == Q2_OK:

@@ -89,6 +89,8 @@ class RecordedFile:
 
     def __init__(self, machine: Machine, index: int, data: bytes) -> None:
         self._machine = machine
+        #: As a regular file: what lies behind the end reads as zeros once the file reaches there.
+        self.zero_past_end = True
         self._index = index
         self.start = bytes(data)
         self.data = bytearray(data)
