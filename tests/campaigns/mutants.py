@@ -269,7 +269,9 @@ def main(argv: list[str] | None = None) -> int:
         found = list(pool.map(lambda edge: run(build, edge, args.states, args.seconds), edges))
     print(table(edges, found))
     if args.json:
-        figures = [{**edge._asdict(), **seen._asdict()} for edge, seen in zip(edges, found)]
+        figures = [
+            {**edge._asdict(), **seen._asdict()} for edge, seen in zip(edges, found, strict=True)
+        ]
         args.json.write_text(json.dumps({"mutants": figures}, indent=1) + "\n")
     missed = [seen.edge for seen in found if seen.workload is None]
     print(f"{len(found) - len(missed)} edges are missed when they are gone, {len(missed)} are not")
