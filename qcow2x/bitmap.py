@@ -13,7 +13,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2x._core.bitmapdir import (
@@ -49,8 +48,7 @@ _HOLDS_FIXED = 1  # as overlap.pxd numbers what a cluster holds
 _RUNS_AT_ONCE = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """One persistent bitmap, as it was when asked for."""
 
     name: str
@@ -63,7 +61,7 @@ class Bitmap:
     #: Whether it missed writes, or cannot be understood; then it can only be removed.
     inconsistent: bool
     #: Bytes of the disk that are dirty; None for an inconsistent bitmap.
-    count: int | None
+    count: int | None  # type: ignore[assignment]
 
 
 class BitmapExtent(NamedTuple):
@@ -74,8 +72,7 @@ class BitmapExtent(NamedTuple):
     dirty: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """An entry of the directory."""
 
     name: bytes
@@ -122,14 +119,16 @@ class _Entry:
         )
 
 
-@dataclass(slots=True)
 class Directory:
     """The bitmaps of an image, and the place of the directory that names them."""
 
-    entries: list[_Entry] = field(default_factory=list)
-    offset: int = 0
-    #: Its bytes as they are in the file, but for marks of being in use that writers set.
-    stored: bytes = b""
+    def __init__(
+        self, entries: Iterable[_Entry] = (), offset: int = 0, stored: bytes = b""
+    ) -> None:
+        self.entries = list(entries)
+        self.offset = offset
+        #: Its bytes as they are in the file, but for marks of being in use that writers set.
+        self.stored = stored
 
     def find(self, name: str, where: str) -> _Entry:
         wanted = _encode_name(name)
@@ -309,8 +308,7 @@ def store(image: Image) -> None:
 # ---- Changing the file ---------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """A bitmap as it is to be. ``added`` are bits to set besides those that writers did."""
 
     entry: _Entry
@@ -319,11 +317,10 @@ class _Wanted:
     fresh: bool = False
 
 
-@dataclass(slots=True)
-class _Job:
+class _Job(NamedTuple):
     """A bitmap that has to be written: its bits are those of ``old`` and ``marks``."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     old: BitmapData
     new: BitmapData
     marks: Marks | None
@@ -346,12 +343,12 @@ def _publish(image: Image, wanted: list[_Wanted]) -> None:
         entry = item.entry
         if entry.at_risk and not entry.usable and awake:
             # Nobody could track it for those who know what its extra data means.
-            entry = replace(entry, broken=True)
+            entry = entry._replace(broken=True)
         elif entry.usable:
             try:
                 job = _job_for(image, item, before.get(entry.name), len(entries))
             except CorruptImage as exc:
-                damage, entry = damage or exc, replace(entry, broken=True)
+                damage, entry = damage or exc, entry._replace(broken=True)
             else:
                 if job is not None:
                     jobs.append(job)
@@ -429,10 +426,9 @@ def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: lis
             table_offset, at = at, at + whole(job.new.entries * 8)
             written, unused = job.new.write_changed(job.old, job.marks, at)
             at += written * cluster
-            job.freed += unused
+            job.freed.extend(unused)
             image._write_meta(job.new.encode_table(), table_offset)
-            entries[job.index] = replace(
-                entries[job.index],
+            entries[job.index] = entries[job.index]._replace(
                 table_offset=table_offset,
                 table_entries=job.new.entries,
                 size=image.size,
@@ -467,7 +463,7 @@ def _clusters_of(image: Image, entry: _Entry) -> list[tuple[int, int]]:
     # Any size does that makes for a table as long as this one.
     cluster_bits = image._header.cluster_bits
     size = entry.table_entries << (cluster_bits + 3 + entry.granularity_bits)
-    return replace(entry, size=size).load(image).clusters()
+    return entry._replace(size=size).load(image).clusters()
 
 
 def _point_header(image: Image, offset: int, nbytes: int, count: int) -> None:
@@ -709,12 +705,12 @@ class Bitmaps(Mapping[str, Bitmap]):
     def enable(self, name: str) -> None:
         """Writes from now on set bits in it. Raises KeyError."""
         with self._changing():
-            self._publish_with(_Wanted(replace(self._usable(name), auto=True)))
+            self._publish_with(_Wanted(self._usable(name)._replace(auto=True)))
 
     def disable(self, name: str) -> None:
         """Writes from now on leave it as it is. Raises KeyError."""
         with self._changing():
-            self._publish_with(_Wanted(replace(self._usable(name), auto=False)))
+            self._publish_with(_Wanted(self._usable(name)._replace(auto=False)))
 
     def merge(self, target: str, sources: Iterable[str | tuple[Image, str]]) -> None:
         """Sets in ``target`` every bit that is set in one of ``sources``: names of this image, or
@@ -808,7 +804,7 @@ def rename(image: Image, old: str, new: str) -> None:
     """Frozen, stored: another name for a bitmap, free at the time."""
     found = image._bitmaps
     entry = found.find(old, image.name)
-    renamed = replace(entry, name=_encode_name(new))
+    renamed = entry._replace(name=_encode_name(new))
     wanted = [_Wanted(renamed if e is entry else e) for e in found.entries]
     _publish(image, wanted)
 
