@@ -25,6 +25,8 @@ LEFT_OUT = {
     "test_packaging.py", "test_state_machine.py", "test_readme.py", "test_demo.py", "test_qemu_img_docs.py",
     "test_cli_getopt.py", "test_cli_options.py",
 }  # fmt: skip
+#: Bounds the address space, in which the sanitizer's own shadow has no room.
+NOT_HERE = "tests/test_codec.py::test_a_huge_zstd_window_costs_no_memory"
 
 
 def run_tests(
@@ -34,6 +36,7 @@ def run_tests(
     with tempfile.TemporaryDirectory(prefix="qcow2x-asan-") as folder:
         told = Path(folder, "told.json")
         command = [python, "-m", "pytest", "-q", "-x", "-p", "campaigns.deadline", f"--told={told}"]
+        command.append(f"--deselect={NOT_HERE}")
         if seconds is not None:
             command += [f"--seconds={seconds}", f"--seed={seed}"]
         status = subprocess.run([*map(str, command), *names], cwd=TESTS).returncode
