@@ -28,7 +28,6 @@ def build(folder: Path) -> None:
     class BuildMutant(BuildCore):
         # Quick to compile: it is run for a minute or two.
         more_arguments = ("-DQ2_DROP_ORDER_EDGE", "-O1", "-g0")
-        stamp_name = "mutant-compiled-with"
 
     sys.path.remove(str(ROOT))
     spec = importlib.util.find_spec("qcow2x")
@@ -44,9 +43,9 @@ def build(folder: Path) -> None:
     distribution = Distribution(
         {"ext_modules": [e for e in core_extensions() if _keeps_edges(Path(e.sources[0]))]}
     )
+    distribution.get_command_obj("build").build_base = str(folder / "objects")
     command = BuildMutant(distribution)
     command.build_lib = str(folder)
-    command.build_temp = str(folder / "objects")
     command.ensure_finalized()
     command.run()
 
