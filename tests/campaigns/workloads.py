@@ -4,6 +4,7 @@ returns how to tell whether a cut of power left what must be left."""
 from __future__ import annotations
 
 import random
+import struct
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -430,13 +431,21 @@ _AUTOCLEAR_AT = 88
 def bitmaps(rng: random.Random) -> Case:
     """A bitmap that does not call itself inconsistent tells of every change since it was made."""
     shape = rng.choice([name for name in SHAPES if name != "v2"])
+    options, under, backing = dict(SHAPES[shape]), {}, None
+    if rng.random() < 0.4:
+        # Its name lies where the header gets an extension.
+        backing = "base.raw"
+        options |= {"backing_file": backing, "backing_format": "raw"}
+        under["backing"] = _file(stamped(0, SIZE, 7 << 40))
     machine = Machine()
-    image = qcow2x.open(machine.file(prepare(SIZE, **SHAPES[shape])), "r+")
-    image.flush()
+    image = qcow2x.open(machine.file(prepare(SIZE, under=under, **options)), "r+", **under)
+    guest = Guest(machine, image, rng)
+    guest.work(3, {"write": 1})
+    # What a new bitmap calls clean is as it is now, whatever happens.
     began = _disk(image)
     image.bitmaps.add("since", 512)
+    guest.settle()
     added = machine.now
-    guest = Guest(machine, image, rng)
     guest.work(12, {"write": 4, "zero": 1, "flush": 1})
     image.bitmaps.add("later", 4096)
     guest.work(6, {"write": 4, "flush": 1})
@@ -448,10 +457,12 @@ def bitmaps(rng: random.Random) -> Case:
 
     def verify(state: State) -> Files:
         disk = _file(state.files[0])
-        with _reopened(disk) as found:
+        with _reopened(disk, **under) as found:
             _sound(found)
             content = _disk(found)
             guest.verify(state.happened, content)
+            if found.info().backing_filename != backing:
+                raise Lost("the name of the backing file is gone")
             if "since" not in found.bitmaps:
                 if state.happened >= added:
                     raise Lost("the bitmap is gone")
@@ -460,9 +471,10 @@ def bitmaps(rng: random.Random) -> Case:
                     raise Lost("the bitmap was stored and is inconsistent")
             else:
                 _tells_of_changes(found, began, content)
-        return {"disk.qcow2": disk.data}
+        base = {} if backing is None else {backing: under["backing"].data}
+        return {"disk.qcow2": disk.data, **base}
 
-    return Case(machine, shape, verify)
+    return Case(machine, f"{shape}{' backed' if backing else ''}", verify)
 
 
 def _tells_of_changes(image: qcow2x.Image, before: bytes, after: bytes) -> None:
@@ -663,6 +675,8 @@ def repair(rng: random.Random) -> Case:
     for _ in range(rng.randrange(1, 12)):
         at = block + rng.randrange(min(cluster, len(start) - block))
         start[at] = rng.randrange(256)
+    if rng.random() < 0.6:
+        _claim_a_table(start)
     machine = Machine()
     file = machine.file(bytes(start))
     with qcow2x.open(_file(bytes(start))) as image:
@@ -681,6 +695,14 @@ def repair(rng: random.Random) -> Case:
         return {"disk.qcow2": disk.data}
 
     return Case(machine, shape, verify)
+
+
+def _claim_a_table(image: bytearray) -> None:
+    """An L2 table lies in a cluster that the guest can read as well: the repair copies it."""
+    entries, l1 = struct.unpack_from(">IQ", image, 36)
+    if entries > 1:
+        one, other = struct.unpack_from(">QQ", image, l1)
+        struct.pack_into(">Q", image, (one & (1 << 56) - 512) + 24, other)
 
 
 def _luks(secret: str) -> Encryption:
