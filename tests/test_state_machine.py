@@ -212,13 +212,14 @@ class Disk(RuleBasedStateMachine):
         self.model.extend(bytes(nbytes - len(self.model)))
         self.patterns = [p for p in self.patterns if p[0] + p[1] <= nbytes]
 
-    def _open(self, cache: str, l2_cache_size: int | None = None) -> None:
+    def _open(self, cache: str, l2_cache_size: int | None = None, growth: str = "auto") -> None:
         self.image = qcow2x.open(
             self.path,
             "r+",
             references="follow",
             cache=cache,
             l2_cache_size=l2_cache_size,
+            growth=growth,
             key=self._key(),
         )
 
@@ -318,10 +319,14 @@ class Disk(RuleBasedStateMachine):
     def flush(self) -> None:
         self.image.flush()
 
-    @rule(cache=st.sampled_from(CACHES), l2_cache_size=st.sampled_from([None, None, 1, 64 * KiB]))
-    def reopen(self, cache: str, l2_cache_size: int | None) -> None:
+    @rule(
+        cache=st.sampled_from(CACHES),
+        l2_cache_size=st.sampled_from([None, None, 1, 64 * KiB]),
+        growth=st.sampled_from(["auto", "ahead", "plain"]),
+    )
+    def reopen(self, cache: str, l2_cache_size: int | None, growth: str) -> None:
         self.image.close()
-        self._open(cache, l2_cache_size)
+        self._open(cache, l2_cache_size, growth)
 
     @rule(size=st.integers(1, 1 << 20), near=st.sampled_from([None, None, -512, 512, 4096]))
     def resize(self, size: int, near: int | None) -> None:

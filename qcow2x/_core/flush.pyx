@@ -5,6 +5,7 @@ from libc.stdint cimport uint64_t
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport (write_back_for_guest, write_back_locked,
                                     write_dirty_bit)
+from qcow2x._core.reserve cimport cut_tail, settle_growth
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport pthread_mutex_lock, pthread_mutex_unlock, q2_add, q2_load, q2_store
@@ -44,7 +45,9 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil:
 
 
 cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
-    cdef q2_status st = write_back_locked(img, True)
+    cdef q2_status st = settle_growth(img)
+    if st == Q2_OK:
+        st = write_back_locked(img, True)
     if st == Q2_OK:
         st = retire_freed(img)
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
@@ -72,6 +75,8 @@ cdef q2_status flush_closing(ImageState img) noexcept nogil:
     cdef q2_status st
     pthread_mutex_lock(&img.commit)
     st = settle_refcounts(img)
+    if st == Q2_OK:
+        cut_tail(img)
     img.shut = True
     img.shut_status = st
     pthread_mutex_unlock(&img.commit)

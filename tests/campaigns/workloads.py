@@ -81,6 +81,7 @@ def _guest_case(
     shapes: Any = tuple(SHAPES),
     backing: bytes | None = None,
     before: Callable[[qcow2x.Image], object] | None = None,
+    growth: str = "auto",
     **create: Any,
 ) -> Case:
     shape, cache = rng.choice(shapes), rng.choice(CACHES)
@@ -96,7 +97,7 @@ def _guest_case(
             before(image)
         start = bytes(file.data)
     machine = Machine()
-    image = qcow2x.open(machine.file(start), "r+", cache=cache, **under)
+    image = qcow2x.open(machine.file(start), "r+", cache=cache, growth=growth, **under)
     frozen = _snapshots(image)
     guest = Guest(machine, image, rng, durable_at_return=cache in ("writethrough", "directsync"))
     guest.work(steps, weights)
@@ -125,6 +126,18 @@ def _snapshots(image: qcow2x.Image) -> dict[str, bytes]:
 
 def growth(rng: random.Random) -> Case:
     return _guest_case(rng, {"append": 6, "write": 2, "flush": 1}, filled=0.0)
+
+
+def growth_ahead(rng: random.Random) -> Case:
+    """Reserved and linked ahead in every cache mode, with all that may meet what was linked."""
+    base = stamped(0, SIZE // 2 + 512, 7 << 40) if rng.random() < 0.4 else None
+    return _guest_case(
+        rng,
+        {"append": 9, "write": 2, "discard": 1, "zero": 1, "compress": 1, "flush": 1},
+        filled=0.0,
+        backing=base,
+        growth="ahead",
+    )
 
 
 def overwrite(rng: random.Random) -> Case:
@@ -627,6 +640,7 @@ def key_slots(rng: random.Random) -> Case:
 
 WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth": growth,
+    "growth, reserved and linked ahead": growth_ahead,
     "overwrite": overwrite,
     "copy-on-write from a backing file": cow_from_backing,
     "copy-on-write from a snapshot": cow_from_snapshot,
