@@ -22,7 +22,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # What the package is made of; a change to any of it means a build.
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
-	$(shell find build_support include qcow2x -type f -not -name '*.so' -not -name '*.pyc')
+	$(shell find build_support include third_party qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
 .PHONY: demo test man iotests iotests-matrix crash build sanitize wheel sdist bench lint deps clean
 

@@ -18,6 +18,7 @@ from build_support import needs
 
 CORE = "qcow2x/_core"
 HEADERS = "include/qcow2x"
+THIRD_PARTY = "third_party"
 
 DIRECTIVES = {
     "language_level": 3,
@@ -63,7 +64,7 @@ def core_extensions() -> list[Extension]:
     """One extension per .pyx; how it is compiled is settled when the build begins, so that
     asking for metadata or a source distribution needs no compiler and no library."""
     headers = sorted(str(header) for header in Path(HEADERS).glob("*.h"))
-    return [
+    extensions = [
         Extension(
             f"{CORE.replace('/', '.')}.{source.stem}",
             [str(source)],
@@ -72,6 +73,11 @@ def core_extensions() -> list[Extension]:
         )
         for source in sorted(Path(CORE).glob("*.pyx"))
     ]
+    codec = next(module for module in extensions if module.name.endswith(".codec"))
+    codec.sources.append(f"{THIRD_PARTY}/deflate12.c")
+    codec.include_dirs.append(THIRD_PARTY)
+    codec.depends = headers + sorted(str(file) for file in Path(THIRD_PARTY).rglob("*.[ch]"))
+    return extensions
 
 
 class BuildCore(build_ext):

@@ -8,15 +8,17 @@ can write its raw disk could otherwise turn it into an image that names any file
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
 
 from qcow2x.errors import CorruptImage, FormatError, ReferenceDenied, UnsupportedFeature
 from qcow2x.storage import FileStorage, Storage, open_storage
-from qcow2x.types import Reference
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
     from qcow2x.storage import Source
+    from qcow2x.types import Reference
 
 #: ``"deny"``, ``"follow"``, or a callable that gets a Reference and returns a source: a path, a
 #: descriptor, a Storage, an open Image, an object with pread; or None to refuse.
@@ -31,6 +33,8 @@ FORMATS = ("qcow2", "raw")
 def reference_to(kind: str, name: str, fmt: str | None, referrer: str) -> Reference:
     """The Reference for ``name`` as it stands in the image ``referrer``. A backing file's relative
     name counts from the referrer's folder; a data file's, as QEMU has it, from the working one."""
+    from qcow2x.types import Reference
+
     path = _plain_path(name, referrer if kind == "backing" else "")
     return Reference(kind, name, fmt, referrer, path)
 

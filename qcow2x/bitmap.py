@@ -10,10 +10,10 @@ opened missed writes: it is inconsistent, and good for nothing but to be removed
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2x._core.bitmapdir import (
@@ -47,10 +47,11 @@ _AUTOCLEAR_BITMAPS = 1
 _BACKING_OFFSET_AT = 8
 _HOLDS_FIXED = 1  # as overlap.pxd numbers what a cluster holds
 _RUNS_AT_ONCE = 1 << 16
+#: Clusters of tables that are written again just to stay next to the directory.
+_MOVED_AT_MOST = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """One persistent bitmap, as it was when asked for."""
 
     name: str
@@ -63,7 +64,7 @@ class Bitmap:
     #: Whether it missed writes, or cannot be understood; then it can only be removed.
     inconsistent: bool
     #: Bytes of the disk that are dirty; None for an inconsistent bitmap.
-    count: int | None
+    count: int | None  # type: ignore[assignment]
 
 
 class BitmapExtent(NamedTuple):
@@ -74,8 +75,7 @@ class BitmapExtent(NamedTuple):
     dirty: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """An entry of the directory."""
 
     name: bytes
@@ -122,14 +122,16 @@ class _Entry:
         )
 
 
-@dataclass(slots=True)
 class Directory:
     """The bitmaps of an image, and the place of the directory that names them."""
 
-    entries: list[_Entry] = field(default_factory=list)
-    offset: int = 0
-    #: Its bytes as they are in the file, but for marks of being in use that writers set.
-    stored: bytes = b""
+    def __init__(
+        self, entries: Iterable[_Entry] = (), offset: int = 0, stored: bytes = b""
+    ) -> None:
+        self.entries = list(entries)
+        self.offset = offset
+        #: Its bytes as they are in the file, but for marks of being in use that writers set.
+        self.stored = stored
 
     def find(self, name: str, where: str) -> _Entry:
         wanted = _encode_name(name)
@@ -309,8 +311,7 @@ def store(image: Image) -> None:
 # ---- Changing the file ---------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """A bitmap as it is to be. ``added`` are bits to set besides those that writers did."""
 
     entry: _Entry
@@ -319,11 +320,10 @@ class _Wanted:
     fresh: bool = False
 
 
-@dataclass(slots=True)
-class _Job:
+class _Job(NamedTuple):
     """A bitmap that has to be written: its bits are those of ``old`` and ``marks``."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     old: BitmapData
     new: BitmapData
     marks: Marks | None
@@ -346,12 +346,12 @@ def _publish(image: Image, wanted: list[_Wanted]) -> None:
         entry = item.entry
         if entry.at_risk and not entry.usable and awake:
             # Nobody could track it for those who know what its extra data means.
-            entry = replace(entry, broken=True)
+            entry = entry._replace(broken=True)
         elif entry.usable:
             try:
                 job = _job_for(image, item, before.get(entry.name), len(entries))
             except CorruptImage as exc:
-                damage, entry = damage or exc, replace(entry, broken=True)
+                damage, entry = damage or exc, entry._replace(broken=True)
             else:
                 if job is not None:
                     jobs.append(job)
@@ -359,7 +359,7 @@ def _publish(image: Image, wanted: list[_Wanted]) -> None:
     kept = {entry.table_offset for entry in entries}
     gone = [entry for entry in found.entries if entry.table_offset not in kept]
     if jobs or gone or [e.name for e in entries] != [e.name for e in found.entries]:
-        _write_anew(image, entries, jobs, gone)
+        _write_anew(image, entries, jobs, _moves(image, entries, jobs), gone)
     else:
         found.entries = entries
         stored = _directory_bytes(entries, _never)
@@ -397,8 +397,33 @@ def _job_for(image: Image, item: _Wanted, was: _Entry | None, index: int) -> _Jo
     return _Job(index, old, new, marks, clusters, freed)
 
 
-def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: list[_Entry]) -> None:
-    """A new directory, new tables and clusters for what changed; the old ones are given back."""
+def _moves(image: Image, entries: list[_Entry], jobs: list[_Job]) -> list[_Job]:
+    """Tables that stay as they are and move along with the directory, so that a reader finds all of
+    them in one run of clusters; unless they are more than is worth writing for that."""
+    written = {job.index for job in jobs}
+    rest = [(i, e) for i, e in enumerate(entries) if i not in written and e.usable]
+    if sum(-(-e.table_entries * 8 // image.cluster_size) for _, e in rest) > _MOVED_AT_MOST:
+        return []
+    moves = []
+    for index, entry in rest:
+        # One that turns out to be damaged stays, for whoever asks for its bits to learn of it.
+        with suppress(CorruptImage):
+            old = entry.load(image)
+            new, _ = old.grown(image.size, None)
+            table = (entry.table_offset, entry.table_entries * 8)
+            moves.append(_Job(index, old, new, None, 0, [table]))
+    return moves
+
+
+def _write_anew(
+    image: Image,
+    entries: list[_Entry],
+    jobs: list[_Job],
+    moves: list[_Job],
+    gone: list[_Entry],
+) -> None:
+    """A new directory, new tables and clusters for what changed; the old ones are given back. The
+    moves are left out where room is short."""
     found = image._bitmaps
     cluster = image.cluster_size
 
@@ -420,19 +445,27 @@ def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: lis
             f"{image.name}: the bitmap directory is full",
             features=(f"more than {MAX_BITMAPS} bitmaps",),
         )
-    tables = sum(whole(job.new.entries * 8) for job in jobs)
-    total = whole(directory_bytes) + tables + sum(job.clusters for job in jobs) * cluster
-    base = image._reserve(total)
-    at = base + whole(directory_bytes)
+    # The directory, all the tables, then the bits.
+    all_jobs = sorted([*jobs, *moves], key=lambda job: job.index)
+    tables = sum(whole(job.new.entries * 8) for job in all_jobs)
+    total = whole(directory_bytes) + tables + sum(job.clusters for job in all_jobs) * cluster
     try:
-        for job in jobs:
-            table_offset, at = at, at + whole(job.new.entries * 8)
+        base = image._reserve(total)
+    except OSError as exc:
+        if not moves or exc.errno != errno.ENOSPC:
+            raise
+        _write_anew(image, entries, jobs, [], gone)
+        return
+    table_at = base + whole(directory_bytes)
+    at = table_at + tables
+    try:
+        for job in all_jobs:
+            table_offset, table_at = table_at, table_at + whole(job.new.entries * 8)
             written, unused = job.new.write_changed(job.old, job.marks, at)
             at += written * cluster
-            job.freed += unused
+            job.freed.extend(unused)
             image._write_meta(job.new.encode_table(), table_offset)
-            entries[job.index] = replace(
-                entries[job.index],
+            entries[job.index] = entries[job.index]._replace(
                 table_offset=table_offset,
                 table_entries=job.new.entries,
                 size=image.size,
@@ -452,7 +485,7 @@ def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: lis
         # points to, and both stay.
         image._unreserve(base, total)
         raise
-    for job in jobs:
+    for job in all_jobs:
         freed += job.freed
     freed.append((at, base + total - at))
     image._bitmaps = Directory(entries, base if stored else 0, stored)
@@ -467,7 +500,7 @@ def _clusters_of(image: Image, entry: _Entry) -> list[tuple[int, int]]:
     # Any size does that makes for a table as long as this one.
     cluster_bits = image._header.cluster_bits
     size = entry.table_entries << (cluster_bits + 3 + entry.granularity_bits)
-    return replace(entry, size=size).load(image).clusters()
+    return entry._replace(size=size).load(image).clusters()
 
 
 def _point_header(image: Image, offset: int, nbytes: int, count: int) -> None:
@@ -709,12 +742,12 @@ class Bitmaps(Mapping[str, Bitmap]):
     def enable(self, name: str) -> None:
         """Writes from now on set bits in it. Raises KeyError."""
         with self._changing():
-            self._publish_with(_Wanted(replace(self._usable(name), auto=True)))
+            self._publish_with(_Wanted(self._usable(name)._replace(auto=True)))
 
     def disable(self, name: str) -> None:
         """Writes from now on leave it as it is. Raises KeyError."""
         with self._changing():
-            self._publish_with(_Wanted(replace(self._usable(name), auto=False)))
+            self._publish_with(_Wanted(self._usable(name)._replace(auto=False)))
 
     def merge(self, target: str, sources: Iterable[str | tuple[Image, str]]) -> None:
         """Sets in ``target`` every bit that is set in one of ``sources``: names of this image, or
@@ -808,7 +841,7 @@ def rename(image: Image, old: str, new: str) -> None:
     """Frozen, stored: another name for a bitmap, free at the time."""
     found = image._bitmaps
     entry = found.find(old, image.name)
-    renamed = replace(entry, name=_encode_name(new))
+    renamed = entry._replace(name=_encode_name(new))
     wanted = [_Wanted(renamed if e is entry else e) for e in found.entries]
     _publish(image, wanted)
 

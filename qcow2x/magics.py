@@ -5,15 +5,14 @@ A raw disk has no magic and is never guessed: what nothing here knows is ``"unkn
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 QCOW2_MAGIC = b"QFI\xfb"
 
 
-class Magic(NamedTuple):
-    offset: int
-    magic: bytes
-    format: str
+class Magic:
+    def __init__(self, offset: int, magic: bytes, format: str) -> None:
+        self.offset = offset
+        self.magic = magic
+        self.format = format
 
 
 # What a file is by its first bytes; the first that fits wins.

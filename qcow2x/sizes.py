@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-_SIZE = re.compile(r"(0x[0-9a-f]+)|(-?\d+)?(?:(\.\d*))?([bkmgtpe]?)", re.IGNORECASE)
+_SIZE = r"(?i:(0x[0-9a-f]+)|(-?\d+)?(?:(\.\d*))?([bkmgtpe]?))"
 MAX_SIZE = (1 << 63) - 1
 
 
@@ -15,7 +13,9 @@ def parse_size(text: str) -> int | None:
     The number is exact, however large, and less than 0 for a plain negative one: the caller knows
     what is in range.
     """
-    match = _SIZE.fullmatch(text)
+    import re
+
+    match = re.fullmatch(_SIZE, text)
     if match is None:
         return None
     hexadecimal, whole, fraction, suffix = match.groups()

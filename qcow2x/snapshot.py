@@ -6,15 +6,15 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from qcow2x import bitmap as _bitmap
 from qcow2x._core.header import Header
 from qcow2x.errors import CorruptImage, FormatError, ImageBroken, UnsupportedFeature
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from qcow2x.image import Image
     from qcow2x.storage import Storage
 
@@ -30,8 +30,7 @@ _EXTRA = struct.Struct(">QQQ")
 _NO_ICOUNT = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One entry of the snapshot table."""
 
     id: str
@@ -58,6 +57,8 @@ class Snapshot:
     @property
     def date(self) -> datetime:
         """When it was made, in UTC, to the microsecond."""
+        from datetime import datetime, timezone
+
         made = datetime.fromtimestamp(self.date_sec, timezone.utc)
         return made.replace(microsecond=self.date_nsec // 1000 % 1_000_000)
 

@@ -3,47 +3,25 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from qcow2x._core.opening import CACHE_MODES, check_mode
 from qcow2x._core.pystorage import PyStorage
 from qcow2x._core.storage import FileStorage, Storage
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from qcow2x._protocols import Readable
+
 __all__ = [
     "CACHE_MODES",
     "FileStorage",
     "PyStorage",
-    "Readable",
     "Source",
     "Storage",
-    "Writable",
     "open_storage",
 ]
-
-
-@runtime_checkable
-class Readable(Protocol):
-    """What an object needs to be read as storage. Offsets and lengths are bytes."""
-
-    def size(self) -> int:
-        """How many bytes there are."""
-
-    def pread(self, length: int, offset: int, /) -> Any:
-        """Up to ``length`` bytes from ``offset``; none only at or past the end."""
-
-
-@runtime_checkable
-class Writable(Readable, Protocol):
-    """What it needs besides to be written."""
-
-    def pwrite(self, buffer: Any, offset: int, /) -> int:
-        """Take some or all of ``buffer`` for ``offset``; returns how many bytes. May extend."""
-
-    def flush(self) -> object:
-        """When this returns, everything written before is durable."""
-
-    def truncate(self, size: int, /) -> object:
-        """Be ``size`` bytes long from now on; what is new reads as zeros."""
 
 
 #: A path, a file descriptor, a storage, or an object that can be one.

@@ -1,10 +1,12 @@
-"""The plain values that qcow2x hands out. Offsets and lengths are bytes throughout."""
+"""The plain values that qcow2x hands out. Offsets and lengths are bytes throughout.
+
+All are named tuples: immutable, equal by value, ``_replace`` makes a changed copy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 #: ``progress(done, total, phase)``: called from the thread that called the operation, about ten times
 #: a second and at every percent, with ``done <= total`` in bytes. Return ``False`` to cancel; anything else goes on.
@@ -34,8 +36,7 @@ class Extent(NamedTuple):
         return self.filename is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """A file that an image names; handed to a ``references`` callable, which returns a source."""
 
     #: ``"backing"`` or ``"data-file"``.
@@ -50,8 +51,7 @@ class Reference:
     path: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """What ``qemu-img info`` tells of an image, typed."""
 
     filename: str
@@ -76,8 +76,7 @@ class ImageInfo:
     snapshot_count: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """One thing that ``check`` found wrong."""
 
     #: ``"leak"``, ``"corruption"`` or ``"error"`` (a table that could not be read).
@@ -98,8 +97,9 @@ class Finding:
     action: str | None = None
     #: What was found, in one word, which stays what it is: ``"leak"``, ``"l2-copied"`` ...
     code: str = ""
-    #: Which one: of the entries of a table, of the refcount blocks, of the snapshots.
-    index: int | None = None
+    #: Which one: of the entries of a table, of the refcount blocks, of the snapshots. (A tuple's own
+    #: method of that name is of no use here.)
+    index: int | None = None  # type: ignore[assignment]
     #: The refcount as it stands in the file, where an entry's COPIED flag does not match it.
     refcount: int | None = None
     #: Id and name of the snapshot that it concerns.
@@ -120,8 +120,7 @@ class FlagChange(NamedTuple):
     refcount: int
 
 
-@dataclass(slots=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """Counts as ``qemu-img check`` prints them, and the findings behind them."""
 
     filename: str
@@ -136,18 +135,18 @@ class CheckResult:
     fragmented_clusters: int = 0
     compressed_clusters: int = 0
     #: The first :data:`MAX_FINDINGS` findings; the counts above are always whole.
-    findings: list[Finding] = field(default_factory=list)
+    findings: Sequence[Finding] = ()
     #: After a repair: what is still wrong.
-    left: list[Finding] = field(default_factory=list)
+    left: Sequence[Finding] = ()
     #: After a repair: COPIED flags that were changed, :data:`MAX_FINDINGS` at most.
-    flag_changes: list[FlagChange] = field(default_factory=list)
+    flag_changes: Sequence[FlagChange] = ()
     #: After a repair: the refcounts were built anew, in another place. Then these are the clusters
     #: of the old ones, which are free now.
     rebuilt: bool = False
-    released: list[int] = field(default_factory=list)
+    released: Sequence[int] = ()
     cluster_size: int = 0
 
-    MAX_FINDINGS: ClassVar[int] = 10_000
+    MAX_FINDINGS = 10_000  # type: ignore[misc]
 
     @property
     def clean(self) -> bool:
@@ -155,8 +154,7 @@ class CheckResult:
         return not (self.corruptions or self.leaks or self.check_errors)
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """Counters of one open image since it was opened; memory in bytes as of now."""
 
     #: Metadata cache: bytes in use and the bound given by ``l2_cache_size``.

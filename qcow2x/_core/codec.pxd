@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t
 from qcow2x._core.status cimport q2_status
 
 cdef enum:
-    # Deflate levels: 1..3 are ISA-L's (level 1 = its fastest), 4..9 zlib's. 0 means the default.
+    # Deflate levels: 1..3 are ISA-L's (level 1 = its fastest), 4..9 libdeflate's. 0 means the default.
     CODEC_LEVEL_DEFAULT = 0
 
 # Decodes one cluster into out, which must end exactly full: src_bytes is known only to a sector,

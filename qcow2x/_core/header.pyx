@@ -230,9 +230,9 @@ def cluster_size_of(first_bytes, name="image"):
 
     Raises FormatError or UnsupportedFeature as :meth:`Header.parse` does.
     """
-    cdef const uint8_t[::1] view = first_bytes
+    cdef bytes data = bytes(first_bytes)
     cdef q2_header fields
-    check_status(decode_fields(&view[0] if view.shape[0] else NULL, view.shape[0], &fields), name)
+    check_status(decode_fields(<const uint8_t *>data, len(data), &fields), name)
     return 1 << fields.cluster_bits
 
 
@@ -277,12 +277,13 @@ cdef class Header:
         name in ``unknown_incompat``, so that such an image can still be inspected;
         :meth:`require_supported` raises for them.
         """
-        cdef const uint8_t[::1] view = first_bytes
+        # A pointer to the bytes, no typed memoryview: that would make every start of a tool load the
+        # package collections.
+        cdef bytes data = bytes(first_bytes)
         cdef Header self = Header.__new__(Header)
-        check_status(decode_fields(&view[0] if view.shape[0] else NULL, view.shape[0],
-                                   &self.fields), name)
+        check_status(decode_fields(<const uint8_t *>data, len(data), &self.fields), name)
         cluster_size = 1 << self.fields.cluster_bits
-        cluster = bytes(view[:cluster_size]).ljust(cluster_size, b"\0")
+        cluster = data[:cluster_size].ljust(cluster_size, b"\0")
         if self.fields.header_length > Q2_HDR_COMPRESSION_TYPE:
             self.unknown_fields = cluster[Q2_HDR_COMPRESSION_TYPE + 1:self.fields.header_length]
         parse_extensions(self, cluster, name)
@@ -699,6 +700,8 @@ cdef list name_unknown_incompat(Header self):
 
 cdef list unknown_bits(Header self):
     unknown = self.fields.incompat & ~Q2_INCOMPAT_KNOWN
+    if not unknown:
+        return []
     names = {}
     table = self.extension(Q2_EXT_FEATURE_NAMES) or b""
     # The last name may be cut short.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.objects import read_objects
 from qcow2x.cli.opening import open_disk
@@ -21,7 +20,10 @@ from qcow2x.cli.options import (
 from qcow2x.cli.report import CommandError
 from qcow2x.cli.text import human_size, json_text, snapshot_lines
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from qcow2x.drivers import Node
 
 OPTIONS = (

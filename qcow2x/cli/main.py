@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
 
 from qcow2x.cli.options import UsageError
 from qcow2x.cli.report import CommandError, program, report, set_program
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
 
 #: The commands that qemu-img has too.
 IMG_COMMANDS = {
@@ -34,14 +36,17 @@ OWN_COMMANDS = {
     "demo": "show what qcow2x does on a real disk made from this machine's files",
     "inspect": "tell whether an untrusted image is safe to use, opening nothing that it names",
 }
+#: They have nothing to take away when they are stopped.
+_ONLY_LOOKS = ("info",)
 COMMANDS = dict(sorted({**IMG_COMMANDS, **OWN_COMMANDS}.items()))
 
 
-class Program(NamedTuple):
+class Program:
     """A command line tool: the name that it has where it was not called by another, and what it is for."""
 
-    name: str
-    purpose: str
+    def __init__(self, name: str, purpose: str) -> None:
+        self.name = name
+        self.purpose = purpose
 
     def help(self, commands: Mapping[str, str]) -> str:
         lines = [
@@ -88,7 +93,10 @@ def run_command(commands: Mapping[str, str], name: str, args: list[str]) -> int:
         raise UsageError(f"Command not found: {name}")
     command = import_module(f"qcow2x.cli.{name}")
     try:
-        return int(command.main(args) or 0)
+        if name in _ONLY_LOOKS:
+            return int(command.main(args) or 0)
+        with Tidied():
+            return int(command.main(args) or 0)
     except Exception as exc:
         if isinstance(exc, (CommandError, BrokenPipeError)) or not is_expected(exc):
             raise
@@ -101,11 +109,11 @@ def run_safely(run: Callable[[list[str]], int], args: list[str]) -> int:
         # File names are bytes: print those that are not valid UTF-8 as they are.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape")
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+    out = sys.__stdout__
+    if out is not None and sys.stdout is out:
         # As C's stdio has it, also where PYTHONUNBUFFERED is set: what order output and messages
         # come in, where both go into one pipe, is not to hang on it.
-        sys.stdout.reconfigure(write_through=False, line_buffering=sys.stdout.isatty())
-    before = _terminate_on_sigterm()
+        out.reconfigure(write_through=False, line_buffering=out.isatty())
     try:
         status = run(args)
         sys.stdout.flush()
@@ -114,28 +122,40 @@ def run_safely(run: Callable[[list[str]], int], args: list[str]) -> int:
         report(str(exc), exc.hint)
         return exc.status
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return 128 + 2  # SIGINT
     except Terminated:
-        return 128 + signal.SIGTERM
+        return 128 + 15  # SIGTERM
     except BrokenPipeError:
         # The reader went away (`| head`): nobody is left to tell. Keep the interpreter from
         # flushing into the same pipe once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
-def _terminate_on_sigterm() -> Any:
-    def on_signal(number: int, frame: object) -> None:
+class Tidied:
+    """Within it SIGTERM raises Terminated, so that what is half made is taken away. Entered by what
+    changes something: what only looks can end at once, and need not load the module."""
+
+    _before: Any = None
+
+    def __enter__(self) -> None:
+        import signal
+
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._on_signal)
+        except ValueError:
+            # Only the main thread may; a caller in another one has its own ways to stop us.
+            pass
+
+    @staticmethod
+    def _on_signal(number: int, frame: object) -> None:
         raise Terminated
 
-    try:
-        return signal.signal(signal.SIGTERM, on_signal)
-    except ValueError:
-        # Only the main thread may; a caller in another one has its own ways to stop us.
-        return None
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            import signal
+
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def is_expected(exc: Exception) -> bool:

@@ -6,12 +6,13 @@ written so. A key given as an argument is seen by everybody who lists processes;
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
-from collections.abc import Sequence
 
 from qcow2x.cli.report import CommandError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _KNOWN = {"qom-type", "id", "data", "file", "format"}
 _ENCRYPTED = {"keyid", "iv"}
@@ -77,7 +78,9 @@ def _decoded(content: bytes, format: str) -> bytes:
         return content
     if format != "base64":
         raise CommandError(f"Parameter 'format' does not accept value '{format}'")
+    import base64
+
     try:
         return base64.b64decode(b"".join(content.split()), validate=True)
-    except binascii.Error:
+    except ValueError:
         raise CommandError("Base64 data is not valid") from None

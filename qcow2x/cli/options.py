@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from qcow2x.cli.getopt_long import OptionError, getopt_long
 from qcow2x.cli.report import CommandError, program
 from qcow2x.sizes import MAX_SIZE as MAX_SIZE
 from qcow2x.sizes import parse_size as parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class UsageError(CommandError):
@@ -19,13 +21,14 @@ class UsageError(CommandError):
         super().__init__(message, hint=f"Try '{program()} --help' for more information")
 
 
-class Option(NamedTuple):
+class Option:
     """One option of a command; ``metavar`` is None for a flag."""
 
-    short: str
-    long: str
-    metavar: str | None
-    help: str
+    def __init__(self, short: str, long: str, metavar: str | None, help: str) -> None:
+        self.short = short
+        self.long = long
+        self.metavar = metavar
+        self.help = help
 
     @property
     def key(self) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import re
-import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 _SHORT = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-_UNPRINTABLE = re.compile(r"[^ !#-\[\]-~]")
 
 
 def human_size(nbytes: int) -> str:
     """``1.32 MiB``: three digits, the next unit from 1000 on."""
+    import math
+
     exponent = math.frexp(nbytes / (1000 / 1024))[1]
     unit = max(0, (exponent - 1) // 10)
     return f"{nbytes / (1 << (10 * unit)):.3g} {_UNITS[unit]}B"
@@ -32,7 +33,7 @@ def json_text(value: object, indent: int = 0) -> str:
         rows = [inner + json_text(item, indent + 4) for item in value]
         return "[\n" + ",\n".join(rows) + ("\n" if rows else "") + outer + "]"
     if isinstance(value, str):
-        return f'"{_UNPRINTABLE.sub(_escape, value)}"'
+        return f'"{"".join(map(_escape, value))}"'
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -40,10 +41,11 @@ def json_text(value: object, indent: int = 0) -> str:
     return str(value)
 
 
-def _escape(match: re.Match[str]) -> str:
-    char = match.group()
+def _escape(char: str) -> str:
     if char in _SHORT:
         return _SHORT[char]
+    if " " <= char <= "~":
+        return char
     code = ord(char)
     if 0xDC80 <= code <= 0xDCFF:
         # A byte of a file name that is no UTF-8.
@@ -88,6 +90,8 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         if not self._shown:
+            import signal
+
             try:
                 self._before = signal.signal(signal.SIGUSR1, self._ask)
             except ValueError:
@@ -98,6 +102,8 @@ class ProgressBar:
 
     def __exit__(self, kind: object, value: object, trace: object) -> None:
         if self._before is not None:
+            import signal
+
             signal.signal(signal.SIGUSR1, self._before)
         if self._shown:
             if kind is None:

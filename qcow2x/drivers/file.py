@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import ClassVar
 
 from qcow2x.drivers import naming
 from qcow2x.drivers import options as opts
@@ -14,6 +13,10 @@ from qcow2x.drivers.node import Node
 from qcow2x.drivers.options import Options
 from qcow2x.locking import ImageLock, lock_image
 from qcow2x.storage import FileStorage, PyStorage, Storage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
 
 
 class FileNode(Node):

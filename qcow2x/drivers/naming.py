@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from typing import Any
 
 from qcow2x.drivers.errors import OptionError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _BUCKETS = 512
 #: QEMU cuts longer names, and ends them in three dots.
@@ -41,6 +43,8 @@ def _encode(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_encode(one) for one in value) + "]"
+    import json
+
     return json.dumps(value)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
 
 from qcow2x.drivers import naming
 from qcow2x.drivers.errors import OptionError
-from qcow2x.types import Extent
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
+    from threading import RLock
+    from types import TracebackType
+    from typing import Any, ClassVar
+
     from typing_extensions import Self
 
     from qcow2x.drivers.blkdebug_rules import Rules
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qcow2x.drivers.options import Options
     from qcow2x.image import Image
     from qcow2x.storage import Storage
+    from qcow2x.types import Extent
 
 SECTOR = 512
 
@@ -79,10 +81,19 @@ class Node:
         self.implicit_backing = False
         #: The backing file's name as the image has it; as its node is called, once that is open.
         self.auto_backing = ""
-        #: Held by who reads something to write it back changed, and by writers he must not undo.
-        self.writing = threading.RLock()
         self._opened_as = filename
         self._closed = False
+
+    @property
+    def writing(self) -> RLock:
+        """Held by who reads something to write it back changed, and by writers he must not undo."""
+        lock: RLock | None = self.__dict__.get("_writing")
+        if lock is None:
+            from threading import RLock
+
+            # One thread's lock is kept, whoever comes first.
+            lock = self.__dict__.setdefault("_writing", RLock())
+        return lock
 
     # ---- For a driver to override ----
 
@@ -339,6 +350,8 @@ class Node:
         return self.storage.size()
 
     def _extents(self, offset: int, end: int) -> Iterator[Extent]:
+        from qcow2x.types import Extent
+
         while offset < end:
             nbytes, kind = self.storage.extent(offset, end - offset)
             data = kind == "data"
@@ -387,7 +400,11 @@ class Node:
 
     def _beside_copies(self) -> AbstractContextManager[object]:
         """Keeps writes out of a copy-on-read that would undo them."""
-        return self.writing if self.copy_on_read else nullcontext()
+        if self.copy_on_read:
+            return self.writing
+        from contextlib import nullcontext
+
+        return nullcontext()
 
     def _check_write(self, offset: int, length: int) -> None:
         if not self.writable:
@@ -408,8 +425,10 @@ class Node:
             self.close()
             return
         # What went wrong first is what is to be told, not what then could not be flushed.
-        with suppress(Exception):
+        try:
             self.close()
+        except Exception:
+            pass
 
     def __repr__(self) -> str:
         return f"<{self.driver} node {self.filename!r}>"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import Any, NamedTuple
-
 from qcow2x.backing import Chain
 from qcow2x.drivers import naming
 from qcow2x.drivers import options as opts
@@ -14,6 +10,11 @@ from qcow2x.drivers.node import Node
 from qcow2x.drivers.options import Options
 from qcow2x.drivers.probe import probe
 from qcow2x.drivers.registry import find_driver, find_protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
 
 #: cache= of the tools -> (cache.direct, cache.no-flush, writes are durable at return).
 CACHE_FLAGS = {
@@ -69,7 +70,7 @@ def open_node(
     """
     given = opts.flatten(options or {})
     filename: str | None = None
-    if isinstance(target, Mapping):
+    if not isinstance(target, str):
         given = {**opts.flatten(target), **given}
     elif image_opts:
         given = {**opts.parse_option_string(target), **given}
@@ -247,7 +248,7 @@ class Graph:
 
     def _backing_of(self, layer: _Layer) -> tuple[str | None, Options, Options] | None:
         """What to open as the backing node of a layer: name, options, defaults."""
-        node, left = layer
+        node, left = layer.node, layer.left
         if node.no_backing:
             return None
         reference = left.pop("backing", None)
@@ -270,7 +271,7 @@ class Graph:
         return filename, given, defaults
 
     def _finish(self, layer: _Layer, backing: Node | None) -> None:
-        node, left = layer
+        node, left = layer.node, layer.left
         if backing is not None:
             node.children["backing"] = backing
             if node.implicit_backing:
@@ -288,10 +289,11 @@ class Graph:
         node.complete(backing)
 
 
-class _Layer(NamedTuple):
-    node: Node
-    #: The options that nobody has asked for yet.
-    left: Options
+class _Layer:
+    def __init__(self, node: Node, left: Options) -> None:
+        self.node = node
+        #: The options that nobody has asked for yet.
+        self.left = left
 
 
 class _Holder(Node):
@@ -364,8 +366,10 @@ def inherited(parent: Options) -> Options:
 
 def close_quietly(node: Node) -> None:
     """Closes what is not going to be used; what went wrong before is what is to be told."""
-    with suppress(Exception):
+    try:
         node.close()
+    except Exception:
+        pass
 
 
 def _blamed(exc: Exception, layers: int) -> Exception:

@@ -7,15 +7,16 @@ either into what is asked for, with QEMU's words where that fails.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
-from typing import Any
-
 from qcow2x.drivers.errors import OptionError
 from qcow2x.sizes import MAX_SIZE, parse_size
 
-Options = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from re import Match
+    from typing import Any, TypeAlias
+
+Options: TypeAlias = "dict[str, Any]"
 
 _TRUE = ("on", "yes", "true", "y")
 _FALSE = ("off", "no", "false", "n")
@@ -30,6 +31,8 @@ _SIZE_HINT = (
 
 def parse_json_name(name: str) -> Options:
     """The options in a ``json:{...}`` file name, flat."""
+    import json
+
     try:
         value = json.loads(_double_quoted(name.removeprefix("json:")), strict=False)
     except ValueError as exc:
@@ -50,28 +53,33 @@ def _json_reason(exc: ValueError) -> str:
     return "stray or missing token"
 
 
-_JSON_PIECE = re.compile(r'"(?:[^"\\]|\\.)*"|\'((?:[^\'\\]|\\.)*)\'', re.DOTALL)
+_JSON_PIECE = r"""(?s:"(?:[^"\\]|\\.)*"|'((?:[^'\\]|\\.)*)')"""
 
 
 def _double_quoted(text: str) -> str:
     """QEMU takes 'single quotes' around strings in JSON as well."""
 
-    def quote(match: re.Match[str]) -> str:
+    import re
+
+    def quote(match: Match[str]) -> str:
         inner = match.group(1)
         if inner is None:
             return match.group(0)
         return '"' + re.sub(r'\\\'|"', lambda m: "'" if m[0] == "\\'" else '\\"', inner) + '"'
 
-    return _JSON_PIECE.sub(quote, text)
+    return re.sub(_JSON_PIECE, quote, text)
 
 
 def parse_option_string(text: str, implied: str | None = None) -> Options:
     """``key=value,key=value``: a comma in a value is written twice. A first word without ``=`` is
     the value of ``implied``, else a word alone switches that option on (``no...``: off)."""
+    import re
+
     options: Options = {}
+    ends = re.compile("[=,]|$")
     at, first = 0, True
     while at < len(text):
-        end = re.compile("[=,]|$").search(text, at)
+        end = ends.search(text, at)
         assert end is not None
         if end[0] == "=":
             key = text[at : end.start()]
@@ -107,7 +115,7 @@ def flatten(options: Mapping[str, Any]) -> Options:
     Empty ones stay, as there is no key that could stand for them."""
     flat: Options = {}
     for key, value in options.items():
-        if isinstance(value, Mapping) and value:
+        if _is_mapping(value) and value:
             flat.update({f"{key}.{inner}": one for inner, one in flatten(value).items()})
         elif isinstance(value, (list, tuple)) and value:
             pairs = {str(i): one for i, one in enumerate(value)}
@@ -115,6 +123,14 @@ def flatten(options: Mapping[str, Any]) -> Options:
         else:
             flat[key] = value
     return flat
+
+
+def _is_mapping(value: object) -> bool:
+    if isinstance(value, (dict, str, int, list, tuple)) or value is None:
+        return isinstance(value, dict)
+    from collections.abc import Mapping
+
+    return isinstance(value, Mapping)
 
 
 def take_below(options: Options, prefix: str) -> Options:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qcow2x.magics import format_of
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qcow2x.drivers.node import Node
 

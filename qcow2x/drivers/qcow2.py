@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
 from qcow2x.drivers import qcow2_options
 from qcow2x.drivers.errors import OptionError
 from qcow2x.drivers.node import Node
 from qcow2x.drivers.options import Options
-from qcow2x.types import Extent
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
     from qcow2x._core.header import Header
+    from qcow2x.types import Extent
 
 
 class Qcow2Node(Node):

@@ -6,15 +6,15 @@ refused, and one that it takes is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
 from qcow2x.drivers import options as opts
 from qcow2x.drivers.errors import OptionError
 from qcow2x.drivers.options import Options
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from qcow2x._core.header import Header
 
 _DEFAULT_L2_CACHE = 32 << 20
@@ -40,18 +40,25 @@ _GUARDS = {
 _TEMPLATES = ("none", "constant", "cached", "all")
 
 
-@dataclass(frozen=True)
 class Qcow2Options:
     """What of the options the engine acts on."""
 
-    l2_cache_size: int | None
-    #: A level of qcow2x.open(overlap_check=).
-    overlap_check: str
-    #: Refcounts wait for the close.
-    lazy_refcounts: bool
-    #: Freed clusters are given back to the host.
-    discard_to_host: bool
-    key_secret: str | None
+    def __init__(
+        self,
+        l2_cache_size: int | None,
+        overlap_check: str,
+        lazy_refcounts: bool,
+        discard_to_host: bool,
+        key_secret: str | None,
+    ) -> None:
+        self.l2_cache_size = l2_cache_size
+        #: A level of qcow2x.open(overlap_check=).
+        self.overlap_check = overlap_check
+        #: Refcounts wait for the close.
+        self.lazy_refcounts = lazy_refcounts
+        #: Freed clusters are given back to the host.
+        self.discard_to_host = discard_to_host
+        self.key_secret = key_secret
 
 
 def take(options: Options, header: Header, unmap: bool) -> Qcow2Options:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 
 from qcow2x._core.check import Checker
 from qcow2x._core.header import Header
@@ -240,18 +239,17 @@ class _Repair:
         findings: list[Finding] = []
         for found in before.findings:
             if _key(found) in left:
-                findings.append(replace(found, action=None))
+                findings.append(found._replace(action=None))
             else:
-                findings.append(replace(found, fixed=not dry_run))
+                findings.append(found._replace(fixed=not dry_run))
         known = {_key(found) for found in before.findings}
         findings.extend(_without_action(f for f in after.findings if _key(f) not in known))
         if dry_run:
-            return replace(before, findings=findings[: CheckResult.MAX_FINDINGS])
+            return before._replace(findings=findings[: CheckResult.MAX_FINDINGS])
         # As QEMU counts: flags that were changed, which may be other ones than those that did not
         # match the refcounts as they were.
         fixed = before.corruptions - self._flags_wrong - (after.corruptions - self._flags_left)
-        return replace(
-            after,
+        return after._replace(
             corruptions_fixed=max(0, fixed + self._flags_set),
             leaks_fixed=max(0, before.leaks - after.leaks),
             findings=findings[: CheckResult.MAX_FINDINGS],
@@ -321,7 +319,7 @@ def _clusters_of_refcounts(
 
 
 def _without_action(findings: Iterable[Finding]) -> Iterable[Finding]:
-    return (replace(found, action=None) for found in findings)
+    return (found._replace(action=None) for found in findings)
 
 
 def _key(found: Finding) -> tuple[str, int, int | None]:

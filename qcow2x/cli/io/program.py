@@ -67,10 +67,11 @@ See '{name} -c help' for information on available commands.
 
 
 def main(argv: list[str] | None = None) -> int:
-    from qcow2x.cli.main import run_safely
+    from qcow2x.cli.main import Tidied, run_safely
 
     set_program("qcow2x-io", sys.argv[0] if argv is None else None)
-    return run_safely(_run, sys.argv[1:] if argv is None else argv)
+    with Tidied():
+        return run_safely(_run, sys.argv[1:] if argv is None else argv)
 
 
 def language() -> Language:

@@ -1,0 +1,58 @@
+"""How long a tool takes from its start to its answer, beside qemu-img."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import qcow2x
+
+#: The limit is for an idle machine; what one core is busy with besides is in the figure.
+LIMIT = 0.060
+RUNS = 21
+
+
+def seconds(command: list[str]) -> float:
+    parent = str(Path(qcow2x.__file__).resolve().parent.parent)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
+    began = time.perf_counter()
+    subprocess.run(
+        command,
+        env={**environment, "PYTHONPATH": parent},
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return time.perf_counter() - began
+
+
+def bench_info(benchmark, folder, fact):
+    """The commands in turn, so that all of them meet the same machine."""
+    path = str(folder / "disk.qcow2")
+    qcow2x.create(path, 1 << 30)
+    script = "import sys; from qcow2x.cli.img import main; sys.exit(main())"
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "qcow2x-img info": [sys.executable, "-c", script, "info", "--output=json", path],
+        "python -m qcow2x.cli.img info": [
+            *(sys.executable, "-m", "qcow2x.cli.img", "info", "--output=json", path)
+        ],
+    }
+    if shutil.which("qemu-img"):
+        commands["qemu-img info"] = ["qemu-img", "info", "--output=json", path]
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(RUNS):
+        for name, command in commands.items():
+            times[name].append(seconds(command))
+    for name, found in times.items():
+        middle = statistics.median(found)
+        ours = "img info" in name and not name.startswith("qemu")
+        limit = f"under {LIMIT * 1000:.0f} ms" if ours else "(for comparison)"
+        fact(name, f"{middle * 1000:.1f} ms", limit, middle < LIMIT or not ours)
+    benchmark.pedantic(seconds, args=(commands["qcow2x-img info"],), rounds=3)
