@@ -5,7 +5,7 @@ Why nothing but leaks can come of it: a reserved cluster is counted before anyth
 that is linked ahead reads as zeros by its mapping and as zeros without it, so it does not matter which
 of the two a cut of power leaves; its zeros were durable before its mapping could be.
 """
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memmove, memset
 
 from qcow2x._core.alloc cimport get_refcount_of, release_unlinked
@@ -36,7 +36,7 @@ cdef void init_growth(ImageState img, bint wanted) noexcept nogil:
 # ---- Streams: who goes on where -----------------------------------------------------------------
 
 cdef q2_stream *stream_at(q2_growth *g, uint64_t first_cl) noexcept nogil:
-    cdef uint32_t i
+    cdef int32_t i
     for i in range(GROWTH_STREAMS):
         if (g.stream[i].next_cl and first_cl + SLACK >= g.stream[i].next_cl
                 and first_cl <= g.stream[i].next_cl + SLACK):
