@@ -3,6 +3,7 @@
 from libc.stdint cimport UINT64_MAX, uint32_t
 
 from qcow2x._core.alloc cimport alloc_clusters, release_unlinked
+from qcow2x._core.edges cimport Q2_EDGE_RESERVE_BEFORE_L2, q2_keeps
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport Q2_KIND_DATA
@@ -56,7 +57,7 @@ cdef q2_status fill_reserve(ImageState img) noexcept nogil:
         return st
     outcome = write_reserve(img, first << cbits, got << cbits, whole or not fresh)
     # Edge: refcounts and zeros of the reserve before any mapping to it.
-    if outcome == Q2_OK:
+    if outcome == Q2_OK and q2_keeps(Q2_EDGE_RESERVE_BEFORE_L2):
         outcome = flush_image(img)
     st = Q2_MISS
     while st == Q2_MISS:
