@@ -68,9 +68,11 @@ sanitize: build
 	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c \
 		'import os, sys; del os.environ["LD_PRELOAD"]; import pytest; sys.exit(pytest.main())' $(TESTS)
 
+# ROUNDS=1 is a quick look; WHAT=bench_convert.py, or "-k chain", a part. A whole run on an idle
+# machine writes bench/report.md and its plots.
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
-	cd bench && $(BIN)/python -m pytest .
+	cd bench && QCOW2X_BENCH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest $(or $(WHAT),.)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check
