@@ -10,6 +10,7 @@ opened missed writes: it is inconsistent, and good for nothing but to be removed
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,6 +47,8 @@ _AUTOCLEAR_BITMAPS = 1
 _BACKING_OFFSET_AT = 8
 _HOLDS_FIXED = 1  # as overlap.pxd numbers what a cluster holds
 _RUNS_AT_ONCE = 1 << 16
+#: Clusters of tables that are written again just to stay next to the directory.
+_MOVED_AT_MOST = 64
 
 
 class Bitmap(NamedTuple):
@@ -238,6 +241,22 @@ def _follow(image: Image) -> None:
         image._set_asleep(None, 0)
 
 
+def mark_in_use(image: Image) -> None:
+    """Marks all bitmaps of an image open for writing in use, durably, as QEMU does at once, so that
+    none outlives a writer that dies. Without this the first write marks those that it concerns."""
+    found = image._bitmaps
+    if any(entry.at_risk and not entry.usable for entry in found.entries):
+        # It would count as written to, though it may never be.
+        return
+    if any(entry.usable for entry in found.entries):
+        with frozen(image):
+            image._set_asleep(None, 0)
+            marked = _directory_bytes(found.entries, lambda _: True)
+            image._write_meta(marked, found.offset)
+            image._barrier()
+            found.stored = marked
+
+
 @contextmanager
 def frozen(image: Image) -> Iterator[None]:
     """No write is under way, and none begins."""
@@ -356,7 +375,7 @@ def _publish(image: Image, wanted: list[_Wanted]) -> None:
     kept = {entry.table_offset for entry in entries}
     gone = [entry for entry in found.entries if entry.table_offset not in kept]
     if jobs or gone or [e.name for e in entries] != [e.name for e in found.entries]:
-        _write_anew(image, entries, jobs, gone)
+        _write_anew(image, entries, jobs, _moves(image, entries, jobs), gone)
     else:
         found.entries = entries
         stored = _directory_bytes(entries, _never)
@@ -394,8 +413,33 @@ def _job_for(image: Image, item: _Wanted, was: _Entry | None, index: int) -> _Jo
     return _Job(index, old, new, marks, clusters, freed)
 
 
-def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: list[_Entry]) -> None:
-    """A new directory, new tables and clusters for what changed; the old ones are given back."""
+def _moves(image: Image, entries: list[_Entry], jobs: list[_Job]) -> list[_Job]:
+    """Tables that stay as they are and move along with the directory, so that a reader finds all of
+    them in one run of clusters; unless they are more than is worth writing for that."""
+    written = {job.index for job in jobs}
+    rest = [(i, e) for i, e in enumerate(entries) if i not in written and e.usable]
+    if sum(-(-e.table_entries * 8 // image.cluster_size) for _, e in rest) > _MOVED_AT_MOST:
+        return []
+    moves = []
+    for index, entry in rest:
+        # One that turns out to be damaged stays, for whoever asks for its bits to learn of it.
+        with suppress(CorruptImage):
+            old = entry.load(image)
+            new, _ = old.grown(image.size, None)
+            table = (entry.table_offset, entry.table_entries * 8)
+            moves.append(_Job(index, old, new, None, 0, [table]))
+    return moves
+
+
+def _write_anew(
+    image: Image,
+    entries: list[_Entry],
+    jobs: list[_Job],
+    moves: list[_Job],
+    gone: list[_Entry],
+) -> None:
+    """A new directory, new tables and clusters for what changed; the old ones are given back. The
+    moves are left out where room is short."""
     found = image._bitmaps
     cluster = image.cluster_size
 
@@ -417,13 +461,22 @@ def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: lis
             f"{image.name}: the bitmap directory is full",
             features=(f"more than {MAX_BITMAPS} bitmaps",),
         )
-    tables = sum(whole(job.new.entries * 8) for job in jobs)
-    total = whole(directory_bytes) + tables + sum(job.clusters for job in jobs) * cluster
-    base = image._reserve(total)
-    at = base + whole(directory_bytes)
+    # The directory, all the tables, then the bits.
+    all_jobs = sorted([*jobs, *moves], key=lambda job: job.index)
+    tables = sum(whole(job.new.entries * 8) for job in all_jobs)
+    total = whole(directory_bytes) + tables + sum(job.clusters for job in all_jobs) * cluster
     try:
-        for job in jobs:
-            table_offset, at = at, at + whole(job.new.entries * 8)
+        base = image._reserve(total)
+    except OSError as exc:
+        if not moves or exc.errno != errno.ENOSPC:
+            raise
+        _write_anew(image, entries, jobs, [], gone)
+        return
+    table_at = base + whole(directory_bytes)
+    at = table_at + tables
+    try:
+        for job in all_jobs:
+            table_offset, table_at = table_at, table_at + whole(job.new.entries * 8)
             written, unused = job.new.write_changed(job.old, job.marks, at)
             at += written * cluster
             job.freed.extend(unused)
@@ -448,7 +501,7 @@ def _write_anew(image: Image, entries: list[_Entry], jobs: list[_Job], gone: lis
         # points to, and both stay.
         image._unreserve(base, total)
         raise
-    for job in jobs:
+    for job in all_jobs:
         freed += job.freed
     freed.append((at, base + total - at))
     image._bitmaps = Directory(entries, base if stored else 0, stored)

@@ -40,6 +40,3 @@ cdef q2_status write_refcount(ImageState img, uint64_t cluster) noexcept nogil
 # in *done over a Q2_MISS.
 cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint64_t *done,
                                 uint64_t *miss) noexcept nogil
-
-# The refcount block that describes cluster end_cl - 1 exists. Does I/O.
-cdef q2_status ensure_refblocks(ImageState img, uint64_t end_cl) noexcept nogil

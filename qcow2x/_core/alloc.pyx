@@ -5,6 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_refblock
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
@@ -129,7 +130,7 @@ cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t 
         if st != Q2_OK:
             return st
         if slot is NULL:
-            st = ensure_refblocks(img, cluster + 1)
+            st = add_refblocks(img, cluster, (start if length else cluster) + want)
             if st != Q2_OK:
                 return st
             continue
@@ -168,6 +169,10 @@ cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t 
 cdef bint hand_out(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
     cdef bint fresh = (img.file.zero_past_end and
                        first << img.geo.cluster_bits >= q2_load(&img.host_size))
+    if first >= img.gap_first and first + n <= img.gap_end:
+        fresh = True
+    if first < img.gap_end and first + n > img.gap_first:
+        img.gap_first = first + n
     if img.file.listens:
         img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     q2_raise_to(&img.host_size, (first + n) << img.geo.cluster_bits)
@@ -339,8 +344,8 @@ cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint
 
 # Refcount blocks and the table itself.
 #
-# A missing block is put into the first cluster of the range it describes: all of that range is
-# free, since no refcount could be stored for it, and a block there needs no other to describe it.
+# Missing blocks go behind the clusters that are about to be handed out, so that these stay in one
+# run. All of a range without a block is free, since no refcount could be stored for it.
 
 cdef q2_status write_table(ImageState img, int32_t site, const void *buf, uint64_t nbytes,
                            uint64_t host_off) noexcept nogil:
@@ -356,45 +361,98 @@ cdef q2_status barrier(ImageState img) noexcept nogil:
     return poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
 
 
-cdef q2_status add_refblock(ImageState img, uint64_t rt_idx) noexcept nogil:
-    cdef uint64_t cluster = rt_idx << img.geo.refblock_bits
-    cdef uint64_t host_off = cluster << img.geo.cluster_bits
-    cdef uint8_t sector[512]
-    cdef uint8_t *block
-    cdef uint64_t first, i
+# How many refcount blocks the ranges from `first` on lack, if clusters up to `end` and, right behind
+# them, the blocks themselves are to be described.
+cdef uint64_t refblocks_for(ImageState img, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t n = 0, needed = 1
+    while needed > n:
+        n = needed
+        needed = ((end + n - 1) >> img.geo.refblock_bits) - first + 1
+    return n
+
+
+# Writes the entries [first, first + n) of the refcount table, and with them their sectors.
+cdef q2_status write_table_entries(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint64_t low = first & ~<uint64_t>63
+    cdef uint64_t high = (first + n + 63) & ~<uint64_t>63
+    cdef uint64_t i
+    cdef uint8_t *sectors = <uint8_t *>calloc(high - low, 8)
+    cdef q2_status st
+    if sectors is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_REFTABLE_UPDATE, img.rt_offset, b"out of memory")
+    for i in range(low, high if high < img.rt_entries else img.rt_entries):
+        q2_store_be64(sectors + 8 * (i - low), img.rt[i])
+    st = write_table(img, Q2_SITE_REFTABLE_UPDATE, sectors, (high - low) * 8,
+                     img.rt_offset + low * 8)
+    free(sectors)
+    return st
+
+
+cdef q2_status add_refblocks(ImageState img, uint64_t cluster, uint64_t end) noexcept nogil:
+    """A refcount block for `cluster`, which has none, and for all clusters from there to `end`.
+
+    The blocks lie behind `end`, or, where something is in their way there, one block lies in the
+    first cluster of the range that it describes."""
+    cdef uint32_t cbits = img.geo.cluster_bits
+    cdef uint64_t first = cluster >> img.geo.refblock_bits
+    cdef uint64_t n = refblocks_for(img, first, end)
+    cdef uint64_t place = end, known_end, i
+    cdef uint8_t *blocks
     cdef q2_status st
     if img.file.listens:
         img.file.reach(Q2_SITE_REFBLOCK_ALLOC)
-    if cluster == 0:
+    if first == 0:
         return fail(Q2_E_CORRUPT, Q2_SITE_REFTABLE_READ, img.rt_offset,
                     b"the header's own refcount block is missing")
-    if cluster >= last_cluster(img):
-        return no_room(img, cluster)
-    block = <uint8_t *>calloc(1, img.geo.cluster_size)
-    if block is NULL:
-        return fail(Q2_E_NOMEM, Q2_SITE_REFBLOCK_ALLOC_WRITE, host_off, b"out of memory")
-    set_refcount(block, img.geo.refcount_order, 0, 1)
-    cache_drop(&img.refblocks, host_off, img.geo.cluster_size)
-    cache_drop(&img.l2, host_off, img.geo.cluster_size)
-    st = write_table(img, Q2_SITE_REFBLOCK_ALLOC_WRITE, block, img.geo.cluster_size, host_off)
-    free(block)
-    # Edge: the block before the table entry that points to it; the entry before anything that
-    # counts on a refcount in the block, so both are durable before this returns.
-    if st == Q2_OK:
+    if first + n > img.rt_entries and end + n <= last_cluster(img):
+        return grow_table(img, first + n)
+    if end + n > last_cluster(img):
+        n = 0
+    for i in range(n):
+        if img.rt[first + i] & Q2_RTE_OFFSET_MASK:
+            n = 0
+            break
+    if n == 0:
+        if first >= img.rt_entries:
+            return grow_table(img, first + 1)
+        n = 1
+        place = first << img.geo.refblock_bits
+        if place >= last_cluster(img):
+            return no_room(img, place)
+    st = guard_write(img, place << cbits, n << cbits)
+    if st != Q2_OK:
+        return st
+    blocks = <uint8_t *>calloc(n, img.geo.cluster_size)
+    if blocks is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_REFBLOCK_ALLOC_WRITE, place << cbits, b"out of memory")
+    for i in range(place, place + n):
+        set_refcount(blocks + (((i >> img.geo.refblock_bits) - first) << cbits),
+                     img.geo.refcount_order, i & ((<uint64_t>1 << img.geo.refblock_bits) - 1), 1)
+    cache_drop(&img.refblocks, place << cbits, n << cbits)
+    cache_drop(&img.l2, place << cbits, n << cbits)
+    known_end = (q2_load(&img.host_size) + img.geo.cluster_size - 1) >> cbits
+    st = write_table(img, Q2_SITE_REFBLOCK_ALLOC_WRITE, blocks, n << cbits, place << cbits)
+    free(blocks)
+    if img.file.zero_past_end and place > known_end:
+        # The file now reaches past clusters that nothing was written to.
+        img.gap_first = known_end
+        img.gap_end = place
+    # Edge: the blocks before the table entries that point to them; the entries before anything
+    # that counts on a refcount in the blocks, so both are durable before this returns.
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFBLOCK_BEFORE_REFTABLE):
         st = barrier(img)
     if st != Q2_OK:
         return st
-    img.rt[rt_idx] = host_off
-    first = rt_idx & ~<uint64_t>63
-    for i in range(64):
-        q2_store_be64(sector + 8 * i, img.rt[first + i] if first + i < img.rt_entries else 0)
-    st = write_table(img, Q2_SITE_REFTABLE_UPDATE, sector, 512, img.rt_offset + first * 8)
+    for i in range(n):
+        img.rt[first + i] = (place + i) << cbits
+    st = write_table_entries(img, first, n)
     if st == Q2_OK:
         st = barrier(img)
     if st != Q2_OK:
-        img.rt[rt_idx] = 0
+        for i in range(n):
+            img.rt[first + i] = 0
         return st
-    return guard_add(img, HOLDS_REFBLOCK, cluster, 1)
+    return guard_add(img, HOLDS_REFBLOCK, place, n)
 
 
 cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil:
@@ -449,7 +507,7 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
     st = write_table(img, Q2_SITE_REFTABLE_GROW_WRITE, buf, total << cbits, start << cbits)
     free(buf)
     # Edge: the whole new table before the header that points to it.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFTABLE_BEFORE_HEADER):
         st = barrier(img)
     if st == Q2_OK:
         table_off = (start + blocks) << cbits
@@ -477,15 +535,3 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
         return st
     # The old table is durably unreferenced; no request reads it, but its refcount must drop.
     return runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
-
-
-cdef q2_status ensure_refblocks(ImageState img, uint64_t end_cl) noexcept nogil:
-    cdef uint64_t rt_idx = (end_cl - 1) >> img.geo.refblock_bits
-    cdef q2_status st
-    if rt_idx >= img.rt_entries:
-        st = grow_table(img, rt_idx + 1)
-        if st != Q2_OK:
-            return st
-    if img.rt[rt_idx] & Q2_RTE_OFFSET_MASK:
-        return Q2_OK
-    return add_refblock(img, rt_idx)

@@ -7,6 +7,7 @@ make of one entry.
 from libc.stdint cimport uint8_t, uint32_t
 
 from qcow2x._core.cache cimport q2_slot
+from qcow2x._core.edges cimport *
 from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport round_down, round_up
 from qcow2x._core.l2table cimport *
@@ -169,7 +170,7 @@ cdef q2_status discard_guest(ImageState img, uint64_t guest_off, uint64_t nbytes
     whole_clusters(img, guest_off, nbytes, &first, &end)
     if first < end:
         st = change_clusters(img, DISCARD, first, end)
-    if st == Q2_OK and img.durable:
+    if st == Q2_OK and img.durable and q2_keeps(Q2_EDGE_DISCARD_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st
@@ -339,7 +340,7 @@ cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, b
             st = change_clusters(img, ZERO_FREE if may_unmap else ZERO_KEEP, first, last)
         if st == Q2_OK and end > last << img.geo.cluster_bits:
             st = zero_edge(img, last << img.geo.cluster_bits, end)
-    if st == Q2_OK and (fua or img.durable):
+    if st == Q2_OK and (fua or img.durable) and q2_keeps(Q2_EDGE_DISCARD_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st

@@ -17,6 +17,7 @@ from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport (flush_closing, flush_if_metadata_changed, flush_image,
                                  settle_refcounts)
@@ -53,8 +54,10 @@ GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED
 
 #: What is written, for ``_write_meta``.
 SITE_L1_UPDATE = Q2_SITE_L1_UPDATE
+SITE_L2_UPDATE = Q2_SITE_L2_UPDATE
 SITE_EMPTY_IMAGE = Q2_SITE_EMPTY_IMAGE
 SITE_REFBLOCK_ALLOC = Q2_SITE_REFBLOCK_ALLOC
+SITE_REFBLOCK_UPDATE = Q2_SITE_REFBLOCK_UPDATE
 SITE_REFTABLE_UPDATE = Q2_SITE_REFTABLE_UPDATE
 
 
@@ -446,7 +449,7 @@ cdef class CoreImage(ImageState):
         with nogil:
             q2_store_be64(self.head + Q2_HDR_AUTOCLEAR, kept)
             st = self.file.write_at(Q2_SITE_HEADER_UPDATE, self.head, 512, 0, WRITE_DEFERRED)
-            if st == Q2_OK:
+            if st == Q2_OK and q2_keeps(Q2_EDGE_AUTOCLEAR_BEFORE_WRITE):
                 # Edge: cleared before anything is written that would make the promise false.
                 st = self.file.sync(Q2_SITE_BARRIER)
         check_status(st, self.name)

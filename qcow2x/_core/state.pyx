@@ -6,6 +6,7 @@ from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
 from qcow2x._core.chain cimport chain_free
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
@@ -120,7 +121,8 @@ cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
             img.count.metadata_writes += 1
             img.count.barriers += 1
             # Edge: marked in use before anything is written that would make it wrong.
-            st = img.file.sync(Q2_SITE_BARRIER)
+            if q2_keeps(Q2_EDGE_BITMAPS_IN_USE_BEFORE_WRITE):
+                st = img.file.sync(Q2_SITE_BARRIER)
         st = poison_unless_full(img, st)
         if st == Q2_OK:
             pthread_rwlock_wrlock(&img.meta)

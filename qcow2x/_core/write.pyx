@@ -12,6 +12,7 @@ from posix.uio cimport iovec
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport q2_cow, write_with_cow
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
@@ -395,7 +396,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
                            bint fua) noexcept nogil:
     cdef const uint8_t *data = <const uint8_t *>buf
     cdef bint durable = fua or img.durable
-    cdef uint32_t flags = WRITE_FUA if durable else 0
+    cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
     cdef uint64_t left = nbytes, start = guest_off, done
     cdef uint32_t parity = 0
     cdef bint entered = False, alone = False
@@ -413,7 +414,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         # Also after a failure: any part may have been written.
         note_change(img, start, nbytes)
         leave_write(img, parity)
-    if st == Q2_OK and durable:
+    if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st
