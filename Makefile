@@ -70,9 +70,11 @@ build: $(VENV)/.ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(MAKE) --no-print-directory $(VENV)/.linked
 
+# ROUNDS=1 is a quick look; WHAT=bench_convert.py, or "-k chain", a part. A whole run on an idle
+# machine writes bench/report.md and its plots.
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
-	cd bench && $(BIN)/python -m pytest .
+	cd bench && QCOW2X_BENCH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest $(or $(WHAT),.)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

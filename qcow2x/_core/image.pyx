@@ -12,6 +12,7 @@ from posix.uio cimport iovec
 
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
 from qcow2x._core.bitmapdir cimport Marks
+from qcow2x._core.chain cimport chain_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
@@ -160,6 +161,26 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self.backing.get_size(&self.backing_size)
             check_status(st, backing.name)
+            self._map_chain()
+
+    cdef _map_chain(self):
+        """Lists the layers below, down to the first that must always be asked."""
+        cdef list layers = []
+        cdef Storage layer = self.backing
+        cdef Py_ssize_t i
+        while layer is not None:
+            layers.append(layer)
+            if (not isinstance(layer, CoreImage) or not layer.read_only
+                    or (<CoreImage>layer).file.listens):
+                break
+            layer = (<CoreImage>layer).backing
+        cdef void **listed = <void **>calloc(len(layers), sizeof(void *))
+        if listed is NULL:
+            raise MemoryError(f"{self.name}: no memory for a list of its layers")
+        for i in range(len(layers)):
+            listed[i] = <void *>layers[i]
+        check_status(chain_init(&self.below, listed, <uint32_t>len(layers), self.disk_size),
+                     self.name)
 
     # ---- Reading --------------------------------------------------------------------------------
 

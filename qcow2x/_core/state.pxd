@@ -11,6 +11,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.cache cimport q2_cache
+from qcow2x._core.chain cimport q2_chain
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
@@ -91,6 +92,7 @@ cdef class ImageState(Storage):
     cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size
+    cdef q2_chain below             # the layers that the backing file begins
     cdef SectorCipher cipher        # None unless the data clusters are encrypted
     cdef bint durable               # writethrough, directsync: a write returns when it is durable
     cdef bint discard_to_host       # freed clusters are punched out of the file
