@@ -5,6 +5,7 @@ from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
+from qcow2x._core.chain cimport chain_free
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.status cimport *
@@ -43,6 +44,7 @@ cdef class ImageState(Storage):
         free(self.limbo[0].run)
         free(self.limbo[1].run)
         free(self.awake_dir)
+        chain_free(&self.below)
         if self.locks_ready:
             pthread_rwlock_destroy(&self.meta)
             pthread_cond_destroy(&self.room_cond)
