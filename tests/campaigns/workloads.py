@@ -87,8 +87,10 @@ def _guest_case(
     backing: bytes | None = None,
     before: Callable[[qcow2x.Image], object] | None = None,
     growth: str = "auto",
+    left_over: int = 0,
     **create: Any,
 ) -> Case:
+    """``left_over``: bytes of something else behind the image, in its file or on its device."""
     shape, cache = rng.choice(shapes), rng.choice(CACHES)
     options: dict[str, Any] = {**SHAPES[shape], **create}
     under: dict[str, Any] = {}
@@ -102,13 +104,14 @@ def _guest_case(
             before(image)
         start = bytes(file.data)
     machine = Machine()
-    file = machine.file(start)
+    file = machine.file(start + stamped(0, left_over, 6 << 40))
     # Now and then as on a block device, where a new cluster holds what was there before.
     file.zero_past_end = rng.random() < 0.8
     image = qcow2x.open(file, "r+", cache=cache, growth=growth, **under)
     frozen = _snapshots(image)
     durable = cache in ("writethrough", "directsync")
     guest = Guest(machine, image, rng, durable_at_return=durable, window=window)
+    guest.end = int(size * filled) // 512 * 512
     guest.work(steps, weights)
     image.close()
     guest.settle()
@@ -155,9 +158,13 @@ def growth_ahead(rng: random.Random) -> Case:
     return _guest_case(
         rng,
         {"append": 9, "write": 2, "discard": 1, "zero": 1, "compress": 1, "flush": 1},
-        filled=0.0,
+        # With a part of an L2 table in use the first mapping does not wait for a new one.
+        filled=rng.choice((0.0, 0.45)),
+        # Lazy refcounts twice as often: no barrier of theirs helps out.
+        shapes=(*SHAPES, "lazy"),
         backing=base,
         growth="ahead",
+        left_over=rng.choice((0, 256 * KiB)),
     )
 
 
