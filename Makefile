@@ -7,7 +7,7 @@
 # make instructions  what the paths that only compute take, beside the committed counts
 # make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
-# make iotests-matrix  the same under other image options, beside the system's tools; over an hour
+# make iotests-matrix  the same under other image options, beside what the system's tools pass; an hour
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.

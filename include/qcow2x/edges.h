@@ -12,6 +12,7 @@
 #define Q2_EDGES(X)                                                                                \
     X(REFBLOCK_BEFORE_L2, "an L2 entry names a cluster that is counted as free")                   \
     X(DATA_BEFORE_L2, "an L2 entry names a cluster whose bytes are not there")                     \
+    X(RESERVE_BEFORE_L2, "an L2 entry names a reserved cluster whose zeros are not there")         \
     X(DATA_FILE_BEFORE_L2, "the same with an external data file")                                  \
     X(L2_BEFORE_L1, "an L1 entry names a table that is not there")                                 \
     X(ALL_BEFORE_FLUSH_RETURNS, "flushed bytes are gone")                                          \

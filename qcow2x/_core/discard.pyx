@@ -16,6 +16,7 @@ from qcow2x._core.mapping cimport (drop_entry, ensure_l2_table, entry_changed, e
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport Q2_KIND_DATA, Q2_KIND_UNALLOCATED, Q2_KIND_ZERO
 from qcow2x._core.read cimport layer_extent, reads_as_zero
+from qcow2x._core.reserve cimport note_used
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -96,6 +97,7 @@ cdef q2_status change_slice(ImageState img, uint8_t what, uint64_t guest_cl, uin
         return st
     if left > end_cl - guest_cl:
         left = end_cl - guest_cl
+    note_used(img, guest_cl, guest_cl + left)
     for i in range(left):
         st = change_cluster(img, what, guest_cl + i, slot, at)
         if st != Q2_OK:
@@ -246,6 +248,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                         mask = subcluster_bits(first, n)
                         new.bitmap = (e.bitmap & ~mask) | (mask << 32)
                     if new.entry != e.entry or new.bitmap != e.bitmap:
+                        note_used(img, guest_cl, guest_cl + 1)
                         store_l2e(&img.geo, at, new)
                         st = entry_changed(img, slot, at)
                     handled[0] = st == Q2_OK

@@ -4,6 +4,7 @@ cdef extern from "qcow2x/edges.h" nogil:
         Q2_EDGE_NONE
         Q2_EDGE_REFBLOCK_BEFORE_L2
         Q2_EDGE_DATA_BEFORE_L2
+        Q2_EDGE_RESERVE_BEFORE_L2
         Q2_EDGE_DATA_FILE_BEFORE_L2
         Q2_EDGE_L2_BEFORE_L1
         Q2_EDGE_ALL_BEFORE_FLUSH_RETURNS

@@ -6,6 +6,7 @@ from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport (write_back_for_guest, write_back_locked,
                                     write_dirty_bit)
+from qcow2x._core.reserve cimport cut_tail, settle_growth
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.state cimport runs_append, runs_clear
 from qcow2x._core.status cimport *
@@ -59,7 +60,9 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil:
 cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
     # Edge: every refcount before the bit that says they may be wrong is cleared.
     cdef bint durable = q2_keeps(Q2_EDGE_REFCOUNTS_BEFORE_CLEAN)
-    cdef q2_status st = write_back_locked(img, durable)
+    cdef q2_status st = settle_growth(img)
+    if st == Q2_OK:
+        st = write_back_locked(img, durable)
     if st == Q2_OK:
         st = retire_freed(img)
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
@@ -86,6 +89,8 @@ cdef q2_status flush_closing(ImageState img) noexcept nogil:
     cdef q2_status st
     pthread_mutex_lock(&img.commit)
     st = settle_refcounts(img)
+    if st == Q2_OK:
+        cut_tail(img)
     img.shut = True
     img.shut_status = st
     pthread_mutex_unlock(&img.commit)

@@ -28,6 +28,7 @@ from qcow2x._core.metadata cimport load_slice, mark_corrupt
 from qcow2x._core.overlap cimport *
 from qcow2x._core.plan cimport q2_plan
 from qcow2x._core.read cimport guest_extent, read_guest
+from qcow2x._core.reserve cimport init_growth
 from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
@@ -52,6 +53,9 @@ cdef uint64_t MAX_LUKS_BYTES = 4 << 20
 GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED, "all": GUARD_ALL}
 
 
+#: What growth= may say; see reserve.pxd.
+GROWTHS = ("auto", "ahead", "plain")
+
 #: What is written, for ``_write_meta``.
 SITE_L1_UPDATE = Q2_SITE_L1_UPDATE
 SITE_L2_UPDATE = Q2_SITE_L2_UPDATE
@@ -72,7 +76,7 @@ cdef class CoreImage(ImageState):
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
                  Storage data=None, SectorCipher cipher=None, l2_cache_size=None,
                  bint writable=False, bint discard_to_host=True, str overlap_check="cached",
-                 bint lazy_refcounts=False):
+                 bint lazy_refcounts=False, str growth="auto"):
         cdef q2_status st
         self.file = file
         self.data = file if data is None else data
@@ -107,6 +111,9 @@ cdef class CoreImage(ImageState):
         check_status(guard_image(self), self.name)
         self._guard_luks_header()
         self._set_backing(backing)
+        if growth not in GROWTHS:
+            raise ValueError(f"growth must be one of {', '.join(GROWTHS)}")
+        init_growth(self, writable and (growth == "ahead" or growth == "auto" and self.durable))
         with nogil:
             st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
         check_status(st, self.name)

@@ -20,6 +20,10 @@ cdef enum:
 cdef enum:
     MISSING_DIRTY_BIT = 2
 
+# The reserve of durable growth is empty: fill_reserve of growth.pxd, not load_slice, fills it.
+cdef enum:
+    MISSING_RESERVE = 4
+
 # No lock held. The slice is (or was, a moment ago) cached afterwards: plan again.
 cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
 

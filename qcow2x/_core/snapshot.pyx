@@ -17,6 +17,7 @@ from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_SNAPSHOT_L1, guard_image, guard_remove,
                                    guard_table)
 from qcow2x._core.reftree cimport refresh_copied, shift_refcounts, shift_runs
+from qcow2x._core.reserve cimport settle_growth
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -62,7 +63,9 @@ cdef q2_status release_clusters(ImageState img, uint64_t host_off, uint64_t n) n
 # ---- Steps, all with commit held and writers frozen ---------------------------------------------
 
 cdef q2_status everything_on_disk(ImageState img) noexcept nogil:
-    cdef q2_status st = write_back_locked(img, True)
+    cdef q2_status st = settle_growth(img)
+    if st == Q2_OK:
+        st = write_back_locked(img, True)
     if st == Q2_OK:
         st = retire_freed(img)
     return write_back_locked(img, True) if st == Q2_OK else st

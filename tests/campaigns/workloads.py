@@ -85,6 +85,7 @@ def _guest_case(
     shapes: Any = tuple(SHAPES),
     backing: bytes | None = None,
     before: Callable[[qcow2x.Image], object] | None = None,
+    growth: str = "auto",
     **create: Any,
 ) -> Case:
     shape, cache = rng.choice(shapes), rng.choice(CACHES)
@@ -103,7 +104,7 @@ def _guest_case(
     file = machine.file(start)
     # Now and then as on a block device, where a new cluster holds what was there before.
     file.zero_past_end = rng.random() < 0.8
-    image = qcow2x.open(file, "r+", cache=cache, **under)
+    image = qcow2x.open(file, "r+", cache=cache, growth=growth, **under)
     frozen = _snapshots(image)
     durable = cache in ("writethrough", "directsync")
     guest = Guest(machine, image, rng, durable_at_return=durable, window=window)
@@ -145,6 +146,18 @@ def _stands_apart(image: qcow2x.Image, frozen: dict[str, bytes]) -> None:
 
 def growth(rng: random.Random) -> Case:
     return _guest_case(rng, {"append": 6, "write": 2, "flush": 1}, filled=0.0)
+
+
+def growth_ahead(rng: random.Random) -> Case:
+    """Reserved and linked ahead in every cache mode, with all that may meet what was linked."""
+    base = stamped(0, SIZE // 2 + 512, 7 << 40) if rng.random() < 0.4 else None
+    return _guest_case(
+        rng,
+        {"append": 9, "write": 2, "discard": 1, "zero": 1, "compress": 1, "flush": 1},
+        filled=0.0,
+        backing=base,
+        growth="ahead",
+    )
 
 
 def growth_of_refcounts(rng: random.Random) -> Case:
@@ -725,6 +738,7 @@ def key_slots(rng: random.Random) -> Case:
 
 WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth": growth,
+    "growth, reserved and linked ahead": growth_ahead,
     "growth of refcount blocks and table": growth_of_refcounts,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
