@@ -48,7 +48,8 @@ cdef class PyStorage(Storage):
     ``preadinto(buffer, offset)``, ``punch(offset, length)``, ``zero(offset, length, may_unmap)``,
     ``extent(offset, length)``, which returns ``(length, "data" | "zero" | "end")``, and
     ``reserve(offset, length)``. An object with ``at_site(name)`` is told where the image is (a name
-    of ``status.h``) before each access, and at some places between. ``pread`` and ``preadinto`` may give
+    of ``status.h``) before each access, and at some places between. One whose ``zero_past_end`` is true
+    promises, as a regular file does, that growing it leaves the gap reading as zeros. ``pread`` and ``preadinto`` may give
     less than asked for; nothing at all only at or past the end. ``pwrite`` is handed ``bytes``, which
     it may keep, and returns how many it took. The buffer that ``preadinto`` fills must not be kept.
 
@@ -81,6 +82,7 @@ cdef class PyStorage(Storage):
         self.listens = callable(getattr(obj, "at_site", None))
         # A place that cannot grow, like a block device.
         self.fixed_size = bool(getattr(obj, "fixed_size", False))
+        self.zero_past_end = bool(getattr(obj, "zero_past_end", False))
 
     @property
     def is_device(self):
