@@ -2,10 +2,11 @@
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
 # make crash SECONDS=600                           every call fails once; then cuts of power
-# make sanitize TESTS=tests/test_header.py         the compiler's sanitizers watch the core
+# make soak SECONDS=600 (or OPERATIONS=1000000)    random operations beside a model
+# make asan SECONDS=600 (or TESTS=test_header.py)  tests and soak, the core watched by sanitizers
 # make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
-# make iotests-matrix  the same under other image options, beside the system's tools; over an hour
+# make iotests-matrix  the same under other image options, beside what the system's tools pass; an hour
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include third_party qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test man iotests iotests-matrix crash build sanitize wheel sdist bench lint deps clean
+.PHONY: demo test man iotests iotests-matrix crash soak asan build wheel sdist bench lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -53,24 +54,27 @@ crash: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
 	cd tests && $(BIN)/python -m campaigns.faults && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
 
+# SEED=N begins with another run; ARGS="--trace" and the like are handed on.
+soak: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py test
+	cd tests && $(BIN)/python -m campaigns.soak $(if $(OPERATIONS),--operations $(OPERATIONS),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0) $(ARGS)
+
+# A build of its own, below build/asan; the tests meet it instead of the installed package.
+asan: $(VENV)/.ready
+	@$(PYTHON) scripts/install_needs.py build test
+	cd tests && $(BIN)/python -m campaigns.asan --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) $(ARGS) $(TESTS)
+
 # Compiled before it is linked, so that the compiler's warnings are seen.
 build: $(VENV)/.ready
 	@$(PYTHON) scripts/install_needs.py build
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(MAKE) --no-print-directory $(VENV)/.linked
 
-# Python is not built with them, so the runtime has to be loaded ahead of it; and taken out of the
-# environment again, because QEMU's tools hang under it.
-TESTS ?= tests/test_header.py
-sanitize: export QCOW2X_DEBUG = 1
-sanitize: export QCOW2X_SANITIZE = address,undefined
-sanitize: build
-	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -c \
-		'import os, sys; del os.environ["LD_PRELOAD"]; import pytest; sys.exit(pytest.main())' $(TESTS)
-
+# ROUNDS=1 is a quick look; WHAT=bench_convert.py, or "-k chain", a part. A whole run on an idle
+# machine writes bench/report.md and its plots.
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
-	cd bench && $(BIN)/python -m pytest .
+	cd bench && QCOW2X_BENCH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest $(or $(WHAT),.)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -1,7 +1,9 @@
 """The build commands: from qcow2x/_core/*.pyx to extension modules.
 
 The environment says how: QCOW2X_DEBUG=1 builds with bounds checks and assertions,
-QCOW2X_SANITIZE=address,undefined with the compiler's sanitizers.
+QCOW2X_SANITIZE=address,undefined with the compiler's sanitizers, QCOW2X_COVERAGE=1 with a call at
+every branch and comparison (tests/campaigns/coverage.c answers it). ``build --build-base`` keeps
+such a build, and what it was compiled with, apart from the usual one.
 """
 
 from __future__ import annotations
@@ -56,8 +58,16 @@ def debug_build() -> bool:
 
 
 def sanitizers() -> list[str]:
+    """A finding ends the process: what goes on after one proves nothing."""
     wanted = os.environ.get("QCOW2X_SANITIZE", "")
-    return [f"-fsanitize={wanted}", "-fno-omit-frame-pointer"] if wanted else []
+    if not wanted:
+        return []
+    return [f"-fsanitize={wanted}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+def coverage() -> list[str]:
+    wanted = os.environ.get("QCOW2X_COVERAGE", "") not in ("", "0")
+    return ["-fsanitize-coverage=trace-pc,trace-cmp"] if wanted else []
 
 
 def core_extensions() -> list[Extension]:
@@ -81,6 +91,9 @@ def core_extensions() -> list[Extension]:
 
 
 class BuildCore(build_ext):
+    #: For a build of another kind: what the compiler is told besides.
+    more_arguments: tuple[str, ...] = ()
+
     def run(self) -> None:
         needs.require_toolchain()
         try:
@@ -114,7 +127,9 @@ class BuildCore(build_ext):
             *WARNINGS,
             *(DEBUG if debug_build() else RELEASE),
             *sanitizers(),
+            *coverage(),
             *needs.pkg_config("--cflags", *needs.LIBRARIES),
+            *self.more_arguments,
         ]
         link_args = [
             "-Wl,--as-needed",
@@ -130,14 +145,13 @@ class BuildCore(build_ext):
             extension.depends = [*extension.depends, stamp]
         super().run()
 
-    @staticmethod
-    def _stamp(arguments: list[str]) -> str:
+    def _stamp(self, arguments: list[str]) -> str:
         """A file that is younger than the modules exactly when the arguments have changed since,
         which distutils by itself does not notice."""
-        stamp = Path("build", "compiled-with")
+        stamp = Path(self.get_finalized_command("build").build_base, "compiled-with")
         text = "\n".join([sys.version, os.environ.get("CFLAGS", ""), *arguments])
         if not stamp.exists() or stamp.read_text() != text:
-            stamp.parent.mkdir(exist_ok=True)
+            stamp.parent.mkdir(parents=True, exist_ok=True)
             stamp.write_text(text)
         return str(stamp)
 

@@ -95,6 +95,49 @@ def test_down_to_version_2_and_up_again(tmp_path: Path, backed: bool) -> None:
     holds(path, model)
 
 
+@pytest.mark.parametrize("backed", [False, True])
+def test_zero_flags_of_snapshots_go_away(tmp_path: Path, backed: bool) -> None:
+    """Plain ones, ones over clusters, in tables that snapshots share, and one over a cluster that
+    another snapshot has data in."""
+    path, base = tmp_path / "disk.qcow2", tmp_path / "base.raw"
+    options: dict[str, object] = {"cluster_size": 4096}
+    if backed:
+        base.write_bytes(b"\xaa" * SIZE)
+        options |= {"backing_file": str(base), "backing_format": "raw"}
+    filled(path, **options)
+    qemu_img("snapshot", "-c", "data", path)
+    qemu_io(path, "write -z 0 1M")
+    for name in ("zeros", "same"):
+        qemu_img("snapshot", "-c", name, path)
+    qemu_io(path, "write -P 7 4k 300k", "write -z 8k 4k", "write -z 2M 64k")
+    with qcow2x.open(path, references="follow") as image:
+        disks = {one.name: image.snapshots.open(one.id).pread(SIZE, 0) for one in image.snapshots}
+        disks[""] = image.pread(SIZE, 0)
+    seen: list[float] = []
+    with qcow2x.open(path, "r+", references="follow") as image:
+        qcow2x.amend(image, compat="0.10", progress=lambda d, t, _: seen.append(d / t))
+        assert image.pread(SIZE, 0) == disks[""]
+        image.pwrite(b"on", 0)
+        image.pwrite(disks[""][:2], 0)
+    assert seen == sorted(seen) and seen[-1] == 1 and len(seen) > 4
+    holds(path, disks[""])
+    for name in ("data", "zeros", "same"):
+        qemu_img("snapshot", "-a", name, path)
+        holds(path, disks[name])
+
+
+def test_a_size_is_set_before_snapshots_are_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    filled(path)
+    with qcow2x.open(path, "r+") as image:
+        image.snapshots.create("s")
+        image.resize(SIZE + 65536)
+    with pytest.raises(qcow2x.UnsupportedFeature, match="snapshots prevent downgrade"):
+        qcow2x.amend(path, compat="0.10")
+    qcow2x.amend(path, compat="0.10", size=SIZE)
+    assert specific(path)["compat"] == "0.10"
+
+
 @pytest.mark.parametrize(
     "options,reason",
     [

@@ -51,17 +51,38 @@ def test_either_side_of_the_step(tmp_path: Path, step: str, shape: str) -> None:
         image.snapshots.create("old")
         image.pwrite(stamped(0, SIZE // 4, 3), SIZE // 8)
         image.discard(0, 16 << 10)
+    cut_everywhere(path, STEPS[step], random.Random(f"{step} {shape}"))
+
+
+@pytest.mark.leaks("power was cut")
+@pytest.mark.parametrize("backed", [False, True])
+def test_either_side_of_taking_zero_flags_out_of_snapshots(tmp_path: Path, backed: bool) -> None:
+    path, base = tmp_path / "disk.qcow2", tmp_path / "base.raw"
+    options = {}
+    if backed:
+        base.write_bytes(stamped(0, SIZE, 9))
+        options = {"backing_file": str(base), "backing_format": "raw"}
+    qcow2x.create(path, SIZE, cluster_size=4096, **options)  # type: ignore[arg-type]
+    with qcow2x.open(path, "r+", references="follow") as image:
+        image.pwrite(stamped(0, SIZE // 2, 1), 0)
+        image.snapshots.create("data")
+        image.write_zeroes(SIZE // 4, SIZE // 2)
+        image.snapshots.create("zeros")
+        image.pwrite(stamped(0, SIZE // 4, 3), SIZE // 8)
+    cut_everywhere(path, lambda image: qcow2x.amend(image, compat="0.10"), random.Random(backed))
+
+
+def cut_everywhere(path: Path, step: Step, rng: random.Random) -> None:
     recorder = Recorder(path.read_bytes())
-    with qcow2x.open(recorder, "r+") as image:
+    with qcow2x.open(recorder, "r+", references="follow") as image:
         before = contents(image)
-        STEPS[step](image)
+        step(image)
         after = contents(image)
     states = 0
-    rng = random.Random(f"{step} {shape}")
     for happened, state in recorder.crashes(rng, 8):
         states += 1
         crashed = Recorder(state)
-        with qcow2x.open(crashed, "r+") as image:
+        with qcow2x.open(crashed, "r+", references="follow") as image:
             assert contents(image) in (before, after), happened
             assert not image.info().dirty
             found = image.check()

@@ -10,7 +10,9 @@ from qcow2x._core.storage import Storage
 DEFAULT_L2_CACHE: int
 SITE_EMPTY_IMAGE: int
 SITE_L1_UPDATE: int
+SITE_L2_UPDATE: int
 SITE_REFBLOCK_ALLOC: int
+SITE_REFBLOCK_UPDATE: int
 SITE_REFTABLE_UPDATE: int
 
 class CoreImage(Storage):

@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
         with ProgressBar(parsed.flag("progress") and not parsed.flag("quiet")) as bar:
             try:
                 _amend(node, options, secrets, parsed.flag("force"), bar)
+                bar.finish()
             except KeyRequired:
                 raise CommandError(
                     "No keyslots match given (old) password for erase operation"

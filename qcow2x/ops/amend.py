@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2x.errors import UnsupportedFeature
+from qcow2x.ops.plainzeros import drop_zero_flags
 
 if TYPE_CHECKING:
     from qcow2x.image import Image
@@ -49,7 +50,7 @@ def amend(
     unmapped clusters or written zeros, and is refused with UnsupportedFeature for what version 2
     cannot say: extended L2 entries, clusters compressed with zstd, an external data file, refcounts
     of another width than 16 bits (unless changed in the same call), persistent bitmaps, snapshots
-    of a disk of another size or with zero clusters in them.
+    of a disk of another size than this one has after ``size`` was set.
     ``refcount_bits`` 1 to 64, a power of two; refused if a refcount does not fit, done in a way that a
     cut of power leaves the old or the new refcounts.
     ``lazy_refcounts`` sets or clears the feature bit: see :func:`qcow2x.open`.
@@ -173,8 +174,8 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
     if wanted.size is not None and wanted.size != image.size:
         image.resize(wanted.size, shrink=True)
     if final < header.version:
-        _drop_zero_flags(image)
-        image.flush()
+        _check_snapshots(image)
+        drop_zero_flags(image, lambda done, total: steps.part(done, total, "downgrade"))
         header.use_zlib()
         header.set_version(final)
         image._rewrite_header()
@@ -183,12 +184,17 @@ def _amend(image: Image, wanted: _Wanted, keys: _Keys, progress: Progress | None
 
 
 class _Steps:
-    """Tells of each of a few steps of unknown length."""
+    """Tells of each of a few steps; how long one takes is not known before."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress = progress
         self._total = total
         self._done = 0
+
+    def part(self, done: int, total: int, phase: str) -> None:
+        """So much of a step is done."""
+        if self._progress is not None:
+            self._progress(self._done * total + done, self._total * total, phase)
 
     def done(self, phase: str) -> None:
         self._done += 1
@@ -227,21 +233,15 @@ def _check(image: Image, wanted: _Wanted, keys: _Keys, final: int, final_order: 
             f"Lazy refcounts only supported with {level} and above (use compat=1.1 or greater)",
         )
     if header.version > final:
-        _check_downgrade(image, final_order, wanted.size)
+        _check_downgrade(image, final_order)
 
 
-def _check_downgrade(image: Image, order: int, size: int | None) -> None:
+def _check_downgrade(image: Image, order: int) -> None:
     header = image._header
-    disk_size = image.size if size is None else size
     features = header.incompatible_features & ~_INCOMPAT_DIRTY & ~_INCOMPAT_COMPRESSION
-    snapshots = list(image.snapshots)
     for holds, what in (
         (order != 4, "compat=0.10 requires refcount_bits=16"),
         (header.has_data_file, "Cannot downgrade an image with a data file"),
-        (
-            any(s.disk_size != disk_size or s.vm_state_size >> 32 for s in snapshots),
-            "Internal snapshots prevent downgrade of image",
-        ),
         (features, f"Cannot downgrade an image with incompatible features {features:#x} set"),
         (
             # QEMU drops them without a word.
@@ -249,8 +249,10 @@ def _check_downgrade(image: Image, order: int, size: int | None) -> None:
             "Cannot downgrade an image with persistent bitmaps",
         ),
         (
-            _any_snapshot_has(image, _ZERO),
-            "Cannot downgrade an image with zero clusters in internal snapshots",
+            header.encryption is not None
+            and image._backing is not None
+            and _any_snapshot_has(image, _ZERO),
+            "Cannot downgrade an encrypted image with zero clusters in internal snapshots",
         ),
         (
             header.compression_type != "zlib"
@@ -261,6 +263,14 @@ def _check_downgrade(image: Image, order: int, size: int | None) -> None:
     ):
         if holds:
             raise _refused(image.name, what)
+
+
+def _check_snapshots(image: Image) -> None:
+    """Asked last: it hangs on the size that the disk has then."""
+    for snapshot in image.snapshots:
+        # Version 2 has no room for the size of a snapshot's disk, nor for a machine's state of 4 GiB.
+        if snapshot.disk_size != image.size or snapshot.vm_state_size >> 32:
+            raise _refused(image.name, "Internal snapshots prevent downgrade of image")
 
 
 def _refused(where: str, what: str) -> UnsupportedFeature:
@@ -311,14 +321,3 @@ def _any_snapshot_has(image: Image, kind: int) -> bool:
             if _has(then, kind):
                 return True
     return False
-
-
-def _drop_zero_flags(image: Image) -> None:
-    """Zeros of the live disk without a flag: unmapped where nothing shows through, else written."""
-    for start, nbytes in list(_runs_of(image, _ZERO)):
-        if image._backing is None:
-            image._unmap(start, nbytes)
-            continue
-        blank = bytes(min(nbytes, 1 << 20))
-        for at in range(start, start + nbytes, len(blank)):
-            image.pwrite(blank[: start + nbytes - at], at)

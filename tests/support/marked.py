@@ -32,6 +32,10 @@ class Marked:
             for granule in theirs:
                 mine.update(self._granules(granule * other.granularity, other.granularity))
 
+    def clip(self, size: int) -> None:
+        """The disk was ``size`` bytes long until now; a coarser bitmap may have had more merged in."""
+        self.must = {granule for granule in self.must if granule <= (size - 1) // self.granularity}
+
     def agrees(self, dirty: Iterable[tuple[int, int]], size: int) -> bool:
         """Whether these runs of dirty bytes are what a bitmap of this disk may say."""
         found: set[int] = set()
@@ -43,6 +47,12 @@ class Marked:
             found.update(self._granules(offset, length))
         last = (size - 1) // self.granularity
         return {g for g in self.must if g <= last} <= found <= {g for g in self.may if g <= last}
+
+    def explain(self, dirty: Iterable[tuple[int, int]]) -> str:
+        """What a bitmap with these runs says wrongly, in granules."""
+        found = {granule for run in dirty for granule in self._granules(*run)}
+        missing, foreign = sorted(self.must - found)[:8], sorted(found - self.may)[:8]
+        return f"not dirty but changed: {missing}, dirty but never changed: {foreign}"
 
     def _granules(self, offset: int, length: int) -> range:
         return range(offset // self.granularity, (offset + length - 1) // self.granularity + 1)
