@@ -46,10 +46,11 @@ OPTIONS = (
     CREATE_OPTIONS,
 )
 USAGE = "[--object OBJECT] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILE"
+OPERANDS = (("FILE", "the image"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("amend", USAGE, OPTIONS, argv)
+    parsed = parse("amend", USAGE, OPTIONS, argv, OPERANDS)
     lists = join_option_lists(parsed.values("options"))
     if not lists:
         raise UsageError("Must specify options (-o)")

@@ -37,13 +37,17 @@ OPTIONS = (
     IMAGE_OPTS,
 )
 USAGE = "[--object OBJECT] [--image-opts] [-U] [-q] [-l | -a SNAPSHOT | -c NAME | -d SNAPSHOT] FILE"
+OPERANDS = (
+    ("FILE", "the image"),
+    ("SNAPSHOT", "an id or a name"),
+)
 
 #: QEMU keeps names in buffers of this size, with a NUL at the end.
 _MAX_NAME_BYTES = 255
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("snapshot", USAGE, OPTIONS, argv)
+    parsed = parse("snapshot", USAGE, OPTIONS, argv, OPERANDS)
     actions = [pair for pair in parsed.pairs if pair[0] in ("l", "a", "c", "d")]
     if len(actions) > 1:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
