@@ -60,7 +60,7 @@ FIRST = {
     "DATA_FILE": ("external data file",),
     "DATA_BEFORE": ("lazy refcounts",),
     "DIRTY_BEFORE_LAZY": ("lazy refcounts",),
-    "RESERVE": ("growth, reserved and linked ahead",),
+    "RESERVE": ("growth, over what was there before",),
     "L2_BEFORE": ("lazy refcounts",),
     "BEFORE_L2": ("growth",),
     "REFTABLE": ("growth of refcount blocks and table",),

@@ -158,13 +158,22 @@ def growth_ahead(rng: random.Random) -> Case:
     return _guest_case(
         rng,
         {"append": 9, "write": 2, "discard": 1, "zero": 1, "compress": 1, "flush": 1},
-        # With a part of an L2 table in use the first mapping does not wait for a new one.
-        filled=rng.choice((0.0, 0.45)),
-        # Lazy refcounts twice as often: no barrier of theirs helps out.
-        shapes=(*SHAPES, "lazy"),
+        filled=0.0,
         backing=base,
         growth="ahead",
-        left_over=rng.choice((0, 256 * KiB)),
+    )
+
+
+def growth_over_left_over(rng: random.Random) -> Case:
+    """What is linked ahead is zeros, whatever was in its place; and no barrier helps out: refcounts
+    are lazy, and a part of an L2 table is in use, so that no mapping waits for a new one."""
+    return _guest_case(
+        rng,
+        {"append": 9, "write": 2, "discard": 1, "flush": 1},
+        filled=0.45,
+        shapes=("lazy",),
+        growth="ahead",
+        left_over=256 * KiB,
     )
 
 
@@ -768,6 +777,7 @@ def key_slots(rng: random.Random) -> Case:
 WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth": growth,
     "growth, reserved and linked ahead": growth_ahead,
+    "growth, over what was there before": growth_over_left_over,
     "growth of refcount blocks and table": growth_of_refcounts,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
