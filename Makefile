@@ -6,7 +6,7 @@
 # make asan SECONDS=600 (or TESTS=test_header.py)  tests and soak, the core watched by sanitizers
 # make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
-# make iotests-matrix  the same under other image options, beside the system's tools; over an hour
+# make iotests-matrix  the same under other image options, beside what the system's tools pass; an hour
 #
 # Everything happens in .venv; a second run does only what changed. PYTHON chooses the
 # interpreter: the first Python 3.11 or newer on PATH unless given.
@@ -70,9 +70,11 @@ build: $(VENV)/.ready
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@$(MAKE) --no-print-directory $(VENV)/.linked
 
+# ROUNDS=1 is a quick look; WHAT=bench_convert.py, or "-k chain", a part. A whole run on an idle
+# machine writes bench/report.md and its plots.
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
-	cd bench && $(BIN)/python -m pytest .
+	cd bench && QCOW2X_BENCH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest $(or $(WHAT),.)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

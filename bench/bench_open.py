@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import qcow2x
+from qcow2x.demo import race
+from qcow2x.demo.race import Load
 
 TIB = 1 << 40
 GIB = 1 << 30
@@ -105,36 +110,62 @@ def bench_open_1_tib(benchmark, folder, fact):
     benchmark.pedantic(lambda: qcow2x.open(path).close(), rounds=50)
 
 
-def bench_metadata_memory(benchmark, folder, fact):
-    """Every slice of the tables for 256 GiB is looked at, through a cache of 1 MiB and through the
-    default one, which has room for all of them."""
+@pytest.fixture(scope="module")
+def mapped(folder):
+    """A disk of 256 GiB with an L2 table, and data, in each 512 MiB."""
     path = folder / "mapped.qcow2"
-    per_table = 512 * MIB
     qcow2x.create(path, 256 * GIB)
     with qcow2x.open(path, "r+") as image:
-        for off in range(0, 256 * GIB, per_table):
+        for off in range(0, 256 * GIB, 512 * MIB):
             image.pwrite(b"x", off)
+    yield path
+    path.unlink()
 
-    def look_at_all(l2_cache_size):
-        buffer = bytearray(1)
-        with qcow2x.open(path, l2_cache_size=l2_cache_size) as image:
-            for off in range(0, 256 * GIB, 32 * MIB):
-                image.preadinto(buffer, off)
-            return image.stats()
 
-    small = look_at_all(MIB)
+def look_at_all(path: Path, l2_cache_size: int | None):
+    """Every slice of its tables is looked at."""
+    buffer = bytearray(1)
+    with qcow2x.open(path, l2_cache_size=l2_cache_size) as image:
+        for off in range(0, 256 * GIB, 32 * MIB):
+            image.preadinto(buffer, off)
+        return image.stats()
+
+
+def bench_metadata_memory(benchmark, mapped, fact):
+    """Through a cache of 1 MiB, and through the default one, which has room for all of them."""
+    small = look_at_all(mapped, MIB)
     fact(
         "256 GiB mapped, l2_cache_size=1 MiB",
         f"{small.l2_cache_bytes / MIB:.1f} MiB, {small.l2_evictions} evictions",
         "at most 1 MiB",
         small.l2_cache_bytes <= MIB,
     )
-    default = look_at_all(None)
+    default = look_at_all(mapped, None)
     fact(
         "256 GiB mapped, default l2_cache_size",
         f"{default.l2_cache_bytes / MIB:.1f} MiB, {default.l2_evictions} evictions",
         "at most 32 MiB and no eviction",
         default.l2_cache_bytes <= 32 * MIB and default.l2_evictions == 0,
     )
-    benchmark.pedantic(look_at_all, args=(MIB,), rounds=3)
-    path.unlink()
+    benchmark.pedantic(look_at_all, args=(mapped, MIB), rounds=3)
+
+
+@pytest.mark.parametrize("kib", [256, 1024, 4096, 16384, 32768])
+def bench_metadata_cache(versus, mapped, kib):
+    """Scattered reads that need all tables in turn, through caches that hold ever more of them (all,
+    at 32 MiB), beside QEMU's with as much."""
+    load = Load(512, 8192, 256 * GIB, 32 * MIB * 61)
+    options = f"driver=qcow2,file.filename={mapped},l2-cache-size={kib << 10}"
+    command = ["qemu-img", "bench", "--image-opts", "-t", "writeback", "-c", str(load.count)]
+    command += ["-s", str(load.nbytes), "-S", str(load.step), "-d", "1", options]
+
+    def one_round() -> dict[str, float]:
+        with qcow2x.open(mapped, l2_cache_size=kib << 10) as image:
+            race.time_image_reads(load, image)
+            ours = race.time_image_reads(load, image)
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        match = re.search(r"Run completed in ([\d.]+) seconds", told)
+        return {"qcow2x": ours, "qemu-img bench": float(match[1])}
+
+    versus(f"metadata cache of {kib} KiB, 32 MiB of tables", one_round, requests=load.count,
+           tags={"work": "metadata cache", "kib": kib})  # fmt: skip

@@ -1,16 +1,20 @@
-"""Reads of what is in the page cache, beside os.preadv on a raw file and qemu-img bench."""
+"""Reads beside os.preadv on a raw file and qemu-img bench: of what is in the page cache, and, apart from
+that, from the disk (O_DIRECT). Through a chain of overlays, and of compressed clusters."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from loads import many_at_once, side_by_side
+from table import KIB, MIB, OURS, QEMU, RAW
 
 import qcow2x
 from qcow2x.demo import race
 from qcow2x.demo.race import Load
 
-SIZE = 256 << 20
+SIZE = 256 * MIB
+CHAIN = 50
 
 
 @pytest.fixture(scope="module")
@@ -21,80 +25,136 @@ def disks(folder):
     race.fill(lambda data, off: os.pwritev(fd, [data], off), SIZE)
     os.close(fd)
     qcow2x.convert(raw, image, src_format="raw")
-    half_zero = bytes(32768) + race.Load.sequential(65536, 1, 65536).buffers[0][:32768].tobytes()
+    half_zero = bytes(32768) + Load.sequential(65536, 1, 65536).buffers[0][:32768].tobytes()
     qcow2x.create(packed, SIZE)
     with qcow2x.open(packed, "r+") as opened:
-        for off in range(0, SIZE, 1 << 20):
+        for off in range(0, SIZE, MIB):
             opened.pwrite_compressed(half_zero * 16, off)
-    for path in (raw, image, packed):
-        race.make_warm(path, readahead=True)
     yield raw, image, packed
     for path in (raw, image, packed):
         path.unlink()
 
 
-@pytest.mark.parametrize(
-    ("name", "load", "target"),
-    [
-        ("read 4 KiB, scattered", Load.scattered(4096, 30_000, SIZE), 0.85),
-        ("read 64 KiB, scattered", Load.scattered(65536, 4_000, SIZE), None),
-        ("read 1 MiB, sequential", Load.sequential(1 << 20, 512, SIZE), 0.97),
-    ],
-)
-def bench_cached_read(disks, versus, name, load, target):
+def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int):
+    if depth == 1:
+        return side_by_side(
+            load,
+            turn,
+            lambda part: race.time_image_reads(part, image),
+            lambda part: race.time_raw_reads(part, fd),
+            stretches=True,
+        )
+    return side_by_side(
+        load,
+        turn,
+        lambda part: many_at_once(part, image.preadinto, depth),
+        lambda part: many_at_once(part, lambda buf, off: os.preadv(fd, [buf], off), depth),
+        stretches=False,
+    )
+
+
+WARM = [
+    (4 * KIB, "scattered", 20_000, 1), (4 * KIB, "scattered", 20_000, 2),
+    (4 * KIB, "scattered", 20_000, 32), (4 * KIB, "sequential", 20_000, 1),
+    (64 * KIB, "scattered", 4_000, 1), (64 * KIB, "scattered", 4_000, 32),
+    (MIB, "sequential", 256, 1), (MIB, "sequential", 256, 32),
+]  # fmt: skip
+COLD = [
+    (4 * KIB, "scattered", 500, 1), (4 * KIB, "scattered", 2_000, 32),
+    (64 * KIB, "sequential", 500, 1), (64 * KIB, "scattered", 1_000, 32),
+    (MIB, "sequential", 128, 1),
+]  # fmt: skip
+
+
+def ids(case):
+    nbytes, pattern, _, depth = case
+    return f"{nbytes // KIB}k-{pattern}-depth{depth}"
+
+
+def compare_reads(disks, versus, case, cache, aio):
+    nbytes, pattern, count, depth = case
     raw, path, _ = disks
-    fd = os.open(raw, os.O_RDONLY)
-    try:
-        with qcow2x.open(path) as image:
-
-            def one_round():
-                ours, theirs = race.alternate(
-                    load,
-                    lambda part: race.time_image_reads(part, image),
-                    lambda part: race.time_raw_reads(part, fd),
-                )
-                qemu = race.time_qemu(load, path, "writeback", write=False)
-                return {"qcow2x": ours, "os.preadv": theirs, "qemu-img bench": qemu}
-
-            versus(
-                name,
-                one_round,
-                requests=load.count,
-                targets={"os.preadv": target} if target else {},
-            )
-    finally:
-        os.close(fd)
-
-
-def bench_read_through_overlay(disks, versus, folder):
-    """Nothing is in the overlay: each read passes through its mapping to the image below."""
-    _, path, _ = disks
-    load = Load.scattered(4096, 30_000, SIZE)
-    overlay = folder / "read-overlay.qcow2"
-    qcow2x.create(overlay, backing_file=path, backing_format="qcow2")
-    with qcow2x.open(overlay, references="follow") as image, qcow2x.open(path) as below:
+    load = getattr(Load, pattern)(nbytes, count, SIZE)
+    warm = cache == "writeback"
+    for disk in (raw, path):
+        race.make_warm(disk, readahead=True) if warm else race.make_cold(disk)
+    fd = race.open_raw(raw, cache)
+    turns = iter(range(1 << 20))
+    with qcow2x.open(path, cache=cache) as image:
 
         def one_round():
-            ours, alone = race.alternate(
+            ours, theirs = time_both(load, image, fd, depth, next(turns))
+            qemu = race.time_qemu(load, path, cache, write=False, aio=aio, depth=depth)
+            return {OURS: ours, RAW: theirs, QEMU: qemu}
+
+        size = f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
+        versus(
+            f"read {size} {pattern}, {'cached' if warm else 'O_DIRECT'}, depth {depth}",
+            one_round,
+            requests=load.count,
+            tags={"work": "read", "nbytes": nbytes, "pattern": pattern, "warm": warm,
+                  "depth": depth, "plot": "read"},
+        )  # fmt: skip
+    os.close(fd)
+
+
+@pytest.mark.parametrize("case", WARM, ids=ids)
+def bench_read_cached(disks, versus, case):
+    compare_reads(disks, versus, case, "writeback", "threads")
+
+
+@pytest.mark.parametrize("case", COLD, ids=ids)
+@pytest.mark.parametrize("cache", ["none"], indirect=True)
+def bench_read_cold(disks, versus, folder, case, cache):
+    compare_reads(disks, versus, case, cache, race.fastest_qemu_aio(folder, cache))
+
+
+@pytest.mark.parametrize("depth", [2, CHAIN])
+def bench_read_through_chain(disks, versus, folder, depth):
+    """Nothing is in the overlays: each read passes through all of their mappings."""
+    _, path, _ = disks
+    load = Load.scattered(4 * KIB, 20_000, SIZE)
+    layers = [folder / f"layer-{n}.qcow2" for n in range(depth - 1)]
+    below = path
+    for layer in layers:
+        qcow2x.create(layer, backing_file=below, backing_format="qcow2")
+        below = layer
+    race.make_warm(path, readahead=True)
+    with qcow2x.open(below, references="follow") as image, qcow2x.open(path) as alone:
+
+        def one_round():
+            ours, single = race.alternate(
                 load,
                 lambda part: race.time_image_reads(part, image),
-                lambda part: race.time_image_reads(part, below),
+                lambda part: race.time_image_reads(part, alone),
             )
-            qemu = race.time_qemu(load, overlay, "writeback", write=False)
-            return {"qcow2x": ours, "the image below": alone, "qemu-img bench": qemu}
+            qemu = race.time_qemu(load, below, "writeback", write=False)
+            return {OURS: ours, "depth 1": single, QEMU: qemu}
 
-        versus("read 4 KiB through an empty overlay", one_round, requests=load.count)
-    overlay.unlink()
+        versus(
+            f"read 4 KiB scattered through a chain of {depth}",
+            one_round,
+            requests=load.count,
+            tags={"work": "chain", "depth": depth, "plot": "read"},
+        )
+    for layer in layers:
+        layer.unlink()
 
 
-def bench_read_compressed(disks, versus):
+@pytest.mark.parametrize("nbytes", [4 * KIB, 64 * KIB, MIB], ids=["4k", "64k", "1m"])
+def bench_read_compressed(disks, versus, nbytes):
     _, _, path = disks
-    load = Load.sequential(65536, 1_000, SIZE)
+    race.make_warm(path, readahead=True)
+    load = Load.sequential(nbytes, 64 * MIB // nbytes, SIZE)
     with qcow2x.open(path) as image:
 
         def one_round():
             ours = race.time_image_reads(load, image)
-            qemu = race.time_qemu(load, path, "writeback", write=False)
-            return {"qcow2x": ours, "qemu-img bench": qemu}
+            return {OURS: ours, QEMU: race.time_qemu(load, path, "writeback", write=False)}
 
-        versus("read 64 KiB compressed clusters", one_round, requests=load.count)
+        versus(
+            f"read {nbytes // KIB} KiB sequential, compressed clusters",
+            one_round,
+            requests=load.count,
+            tags={"work": "read compressed", "plot": "read"},
+        )

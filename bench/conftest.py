@@ -2,65 +2,33 @@
 
     pytest bench
 
-Each result stands beside its baselines from the same run and the same round: the raw file and
-qcow2x take turns by stretches of a few milliseconds, QEMU runs before or after. A ratio is the
-median over the rounds; more than 1 is faster than the baseline. No benchmark fails for being slow.
+Each result stands beside its baselines from the same run and the same round, in which everybody
+takes turns. A ratio is our time over the baseline's, the median over the rounds; below 1 is faster.
+No benchmark fails for being slow. ``report.md`` and its plots are written beside this file.
+
+QCOW2X_BENCH_ROUNDS sets the number of rounds (default 7; those that take many seconds have fewer),
+QCOW2X_BENCH_DIR the folder on whose file system the disks lie.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import report
+from table import OURS, Fact, Row, Table
 
 from qcow2x.demo.race import takes_direct
 
-ROUNDS = 9
-
-
-@dataclass
-class Row:
-    """One line of the table; ``seconds`` by who took them, ours under "qcow2x"."""
-
-    name: str
-    requests: int
-    seconds: dict[str, list[float]]
-    targets: Mapping[str, float]
-
-    def ratio(self, baseline: str) -> float:
-        pairs = zip(self.seconds[baseline], self.seconds["qcow2x"], strict=True)
-        return statistics.median(base / ours for base, ours in pairs)
-
-    def baselines(self) -> list[str]:
-        return [who for who in self.seconds if who != "qcow2x"]
-
-    def ratios(self) -> dict[str, float]:
-        return {who: self.ratio(who) for who in self.baselines()}
-
-    def microseconds(self, who: str) -> float:
-        return statistics.median(self.seconds[who]) / self.requests * 1e6
-
-
-@dataclass
-class Fact:
-    """A figure with a bound instead of a baseline."""
-
-    name: str
-    value: str
-    bound: str
-    holds: bool
-
-
-@dataclass
-class Table:
-    rows: list[Row] = field(default_factory=list)
-    facts: list[Fact] = field(default_factory=list)
-
-
+ROUNDS = int(os.environ.get("QCOW2X_BENCH_ROUNDS") or 7)
+#: For work of many seconds.
+FEW_ROUNDS = min(ROUNDS, 3)
 TABLE = pytest.StashKey[Table]()
+FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_configure(config):
@@ -101,23 +69,28 @@ def versus(benchmark, request):
         name: str,
         one_round: Callable[[], dict[str, float]],
         *,
-        requests: int,
-        targets: Mapping[str, float] | None = None,
+        requests: int = 1,
+        tags: Mapping[str, object] | None = None,
+        at_most: Mapping[str, float] | None = None,
         rounds: int = ROUNDS,
-    ) -> None:
+        warm_up: bool = True,
+    ) -> Row:
         taken: list[dict[str, float]] = []
 
         def run() -> None:
             taken.append(one_round())
-            OWN_TIME.add(taken[-1]["qcow2x"])
+            OWN_TIME.add(taken[-1][OURS])
 
-        one_round()
+        if warm_up:
+            one_round()
         benchmark.group = name
         benchmark.pedantic(run, rounds=rounds)
         seconds = {who: [times[who] for times in taken] for who in taken[0]}
-        row = Row(name, requests, seconds, targets or {})
-        benchmark.extra_info.update(requests=requests, seconds=seconds, ratios=row.ratios())
+        row = Row(name, requests, seconds, tags or {}, at_most or {})
+        ratios = {who: row.ratio(who) for who in row.baselines()}
+        benchmark.extra_info.update(requests=requests, seconds=seconds, ratios=ratios)
         request.config.stash[TABLE].rows.append(row)
+        return row
 
     return measure
 
@@ -133,8 +106,12 @@ def fact(request):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("bench")
+def folder(request) -> Iterator[Path]:
+    """Where the disks lie; the fixtures that make large ones remove them when they are done."""
+    path = Path(tempfile.mkdtemp(prefix="qcow2x-bench-", dir=os.environ.get("QCOW2X_BENCH_DIR")))
+    request.config.stash[FOLDER] = path
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture
@@ -145,23 +122,13 @@ def cache(request, folder):
     return request.param
 
 
-def verdict(holds: bool) -> str:
-    return "holds" if holds else "misses"
-
-
 def pytest_terminal_summary(terminalreporter, config):
     table = config.stash[TABLE]
     if not (table.rows or table.facts):
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("qcow2x beside its baselines (a ratio above 1 is faster)")
-    write(f"{'':<46}{'us/request':>11}  {'baseline':<16}{'us/request':>11}{'ratio':>8}  target")
-    for row in table.rows:
-        for i, who in enumerate(row.baselines()):
-            ratio = row.ratio(who)
-            target = row.targets.get(who)
-            end = f"{target:.2f} {verdict(ratio >= target)}" if target else ""
-            ours = f"{row.name:<46}{row.microseconds('qcow2x'):11.2f}" if i == 0 else " " * 57
-            write(f"{ours}  {who:<16}{row.microseconds(who):11.2f}{ratio:8.3f}  {end}".rstrip())
-    for item in table.facts:
-        write(f"{item.name:<46}{item.value:>32}  {item.bound}  {verdict(item.holds)}")
+    terminalreporter.section("qcow2x beside its baselines (a ratio below 1 is faster)")
+    for line in report.terminal_lines(table):
+        terminalreporter.write_line(line)
+    disks = config.stash.get(FOLDER, Path.cwd()).parent
+    path = report.write(table, Path(__file__).parent, disks, ROUNDS)
+    terminalreporter.write_line(f"written: {path}")

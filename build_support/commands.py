@@ -91,6 +91,9 @@ def core_extensions() -> list[Extension]:
 
 
 class BuildCore(build_ext):
+    #: For a build of another kind: what the compiler is told besides.
+    more_arguments: tuple[str, ...] = ()
+
     def run(self) -> None:
         needs.require_toolchain()
         try:
@@ -126,6 +129,7 @@ class BuildCore(build_ext):
             *sanitizers(),
             *coverage(),
             *needs.pkg_config("--cflags", *needs.LIBRARIES),
+            *self.more_arguments,
         ]
         link_args = [
             "-Wl,--as-needed",

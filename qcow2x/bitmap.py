@@ -241,6 +241,22 @@ def _follow(image: Image) -> None:
         image._set_asleep(None, 0)
 
 
+def mark_in_use(image: Image) -> None:
+    """Marks all bitmaps of an image open for writing in use, durably, as QEMU does at once, so that
+    none outlives a writer that dies. Without this the first write marks those that it concerns."""
+    found = image._bitmaps
+    if any(entry.at_risk and not entry.usable for entry in found.entries):
+        # It would count as written to, though it may never be.
+        return
+    if any(entry.usable for entry in found.entries):
+        with frozen(image):
+            image._set_asleep(None, 0)
+            marked = _directory_bytes(found.entries, lambda _: True)
+            image._write_meta(marked, found.offset)
+            image._barrier()
+            found.stored = marked
+
+
 @contextmanager
 def frozen(image: Image) -> Iterator[None]:
     """No write is under way, and none begins."""

@@ -51,6 +51,7 @@ def open(
     overlap_check: str = "cached",
     discard_to_host: bool = True,
     lazy_refcounts: bool | None = None,
+    growth: str = "auto",
 ) -> Image:
     """Opens a qcow2 image.
 
@@ -83,6 +84,13 @@ def open(
     ``lazy_refcounts`` says whether refcounts may wait for the close, as the image's feature bit of that
     name asks for (None): the first allocation sets the dirty bit, and a flush then writes the mapping
     alone. Version 2 has no such bit and keeps them exact.
+    ``growth`` says how an image grows. ``"ahead"``: host clusters are counted and written with zeros in
+    runs of 1 to 8 MiB ahead of their use, and mapped ahead of a writer that moves on through the disk,
+    so that most writes to new clusters touch no metadata; what is unused when the image is closed (or
+    checked, or a snapshot taken) is given back, after a crash it is leaked or reads as zeros. While the
+    image is open, clusters that are mapped ahead show as data in :meth:`Image.extents`. ``"plain"``: each
+    cluster when it is written to. ``"auto"``, the default: ahead where writes are durable at return
+    (``writethrough``, ``directsync``), else plain. Encrypted images and external data files grow plain.
     ``discard_to_host=False`` keeps freed clusters allocated in the host's file system.
     ``key`` is the passphrase of an encrypted image: bytes, text (as UTF-8), a callable that gets
     the image's name and returns either, or a mapping from names to either. It serves every
@@ -107,6 +115,7 @@ def open(
     opener.overlap_check = overlap_check
     opener.discard_to_host = discard_to_host
     opener.lazy_refcounts = lazy_refcounts
+    opener.growth = growth
     return opener.open(source, mode == "r+", backing)
 
 
@@ -133,6 +142,7 @@ class _Opener:
         self.overlap_check = "cached"
         self.discard_to_host = True
         self.lazy_refcounts: bool | None = None
+        self.growth = "auto"
         self.rebuilt: CheckResult | None = None
         self.locks: list[ImageLock] = []
         self.chain = _backing.Chain()
@@ -217,6 +227,7 @@ class _Opener:
                     overlap_check=self.overlap_check,
                     discard_to_host=self.discard_to_host,
                     lazy_refcounts=self._is_lazy(header),
+                    growth=self.growth,
                 )
             assert image is not None
             image.rebuilt = self.rebuilt

@@ -111,6 +111,20 @@ def test_abort(tmp_path: Path) -> None:
     assert not qemu_check(path).get("corruptions")
 
 
+def test_bitmaps_do_not_outlive_a_program_that_dies(tmp_path: Path) -> None:
+    """Also where it wrote nothing, as with QEMU; one that ends in order leaves them as they were."""
+    path = image(tmp_path)
+    with qcow2x.open(path, "r+") as opened:
+        opened.bitmaps.add("on")
+        opened.bitmaps.add("off", enabled=False)
+    ours("-c", "read 0 64k", path)
+    with qcow2x.open(path) as opened:
+        assert not any(bitmap.in_use for bitmap in opened.bitmaps.values())
+    assert ours("-c", "abort", path)[0] == -signal.SIGABRT
+    with qcow2x.open(path) as opened:
+        assert all(bitmap.inconsistent for bitmap in opened.bitmaps.values())
+
+
 def test_zones_are_refused(tmp_path: Path) -> None:
     status, out, _ = ours("-c", "zrp 0 1", "-c", "zo 0 1M", "-c", "zap -p 0 4k", image(tmp_path))
     assert status == 1

@@ -5,6 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.cache cimport cache_dirty, cache_drop, cache_get, q2_slot
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_refblock
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
@@ -438,7 +439,7 @@ cdef q2_status add_refblocks(ImageState img, uint64_t cluster, uint64_t end) noe
         img.gap_end = place
     # Edge: the blocks before the table entries that point to them; the entries before anything
     # that counts on a refcount in the blocks, so both are durable before this returns.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFBLOCK_BEFORE_REFTABLE):
         st = barrier(img)
     if st != Q2_OK:
         return st
@@ -506,7 +507,7 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
     st = write_table(img, Q2_SITE_REFTABLE_GROW_WRITE, buf, total << cbits, start << cbits)
     free(buf)
     # Edge: the whole new table before the header that points to it.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFTABLE_BEFORE_HEADER):
         st = barrier(img)
     if st == Q2_OK:
         table_off = (start + blocks) << cbits

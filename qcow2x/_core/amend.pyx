@@ -5,13 +5,14 @@ from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memset
 
 from qcow2x._core.cache cimport cache_forget_all
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
+from qcow2x._core.flush cimport settle_refcounts
 from qcow2x._core.geometry cimport q2_geometry, set_geometry
 from qcow2x._core.metadata cimport (MISSING_REFTABLE, load_slice_committing, write_back_locked,
                                     write_head)
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove)
 from qcow2x._core.refblock cimport get_refcount, set_refcount
-from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.state cimport freeze, poison_unless_full, thaw
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
@@ -180,13 +181,14 @@ cdef q2_status rewrite(ImageState img, const q2_geometry *g, q2_reader *r) noexc
             WRITE_DEFERRED))
     free(bytes)
     # Edge: all of the new structure before the header that points to it.
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_REFCOUNTS_BEFORE_WIDTH):
         st = poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
     if st == Q2_OK:
         q2_store_be64(img.head + Q2_HDR_RT_OFFSET, (start + blocks) << cbits)
         q2_store_be32(img.head + Q2_HDR_RT_OFFSET + 8, <uint32_t>table_clusters)
         q2_store_be32(img.head + Q2_HDR_REFCOUNT_ORDER, g.refcount_order)
-        st = write_head(img, Q2_SITE_REFTABLE_GROW_ACTIVATE)
+        # Edge: the header before the old structure is free.
+        st = write_head(img, Q2_SITE_REFTABLE_GROW_ACTIVATE, Q2_EDGE_WIDTH_BEFORE_FREED)
     if st != Q2_OK:
         free(table)
         return st
@@ -225,11 +227,7 @@ cdef q2_status change_refcount_width(ImageState img, uint32_t order) noexcept no
     set_geometry(&g, img.geo.version, img.geo.cluster_bits, order, img.geo.subclusters > 1)
     memset(&r, 0, sizeof(q2_reader))
     pthread_mutex_lock(&img.commit)
-    st = write_back_locked(img, True)
-    if st == Q2_OK:
-        st = retire_freed(img)
-    if st == Q2_OK:
-        st = write_back_locked(img, True)
+    st = settle_refcounts(img)
     if st == Q2_OK and img.rt is NULL:
         st = load_slice_committing(img, MISSING_REFTABLE)
     if st == Q2_OK:

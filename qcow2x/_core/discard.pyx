@@ -7,6 +7,7 @@ make of one entry.
 from libc.stdint cimport uint8_t, uint32_t
 
 from qcow2x._core.cache cimport q2_slot
+from qcow2x._core.edges cimport *
 from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport round_down, round_up
 from qcow2x._core.l2table cimport *
@@ -15,6 +16,7 @@ from qcow2x._core.mapping cimport (drop_entry, ensure_l2_table, entry_changed, e
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport Q2_KIND_DATA, Q2_KIND_UNALLOCATED, Q2_KIND_ZERO
 from qcow2x._core.read cimport layer_extent, reads_as_zero
+from qcow2x._core.reserve cimport note_used
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -95,6 +97,7 @@ cdef q2_status change_slice(ImageState img, uint8_t what, uint64_t guest_cl, uin
         return st
     if left > end_cl - guest_cl:
         left = end_cl - guest_cl
+    note_used(img, guest_cl, guest_cl + left)
     for i in range(left):
         st = change_cluster(img, what, guest_cl + i, slot, at)
         if st != Q2_OK:
@@ -169,7 +172,7 @@ cdef q2_status discard_guest(ImageState img, uint64_t guest_off, uint64_t nbytes
     whole_clusters(img, guest_off, nbytes, &first, &end)
     if first < end:
         st = change_clusters(img, DISCARD, first, end)
-    if st == Q2_OK and img.durable:
+    if st == Q2_OK and img.durable and q2_keeps(Q2_EDGE_DISCARD_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st
@@ -245,6 +248,7 @@ cdef q2_status zero_subclusters_of(ImageState img, uint64_t guest_off, uint64_t 
                         mask = subcluster_bits(first, n)
                         new.bitmap = (e.bitmap & ~mask) | (mask << 32)
                     if new.entry != e.entry or new.bitmap != e.bitmap:
+                        note_used(img, guest_cl, guest_cl + 1)
                         store_l2e(&img.geo, at, new)
                         st = entry_changed(img, slot, at)
                     handled[0] = st == Q2_OK
@@ -339,7 +343,7 @@ cdef q2_status zero_guest(ImageState img, uint64_t guest_off, uint64_t nbytes, b
             st = change_clusters(img, ZERO_FREE if may_unmap else ZERO_KEEP, first, last)
         if st == Q2_OK and end > last << img.geo.cluster_bits:
             st = zero_edge(img, last << img.geo.cluster_bits, end)
-    if st == Q2_OK and (fua or img.durable):
+    if st == Q2_OK and (fua or img.durable) and q2_keeps(Q2_EDGE_DISCARD_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st

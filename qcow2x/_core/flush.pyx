@@ -2,12 +2,24 @@
 """Making what was written durable, once for everybody who asks at the same time."""
 from libc.stdint cimport uint64_t
 
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport (write_back_for_guest, write_back_locked,
                                     write_dirty_bit)
+from qcow2x._core.reserve cimport cut_tail, settle_growth
 from qcow2x._core.retire cimport retire_freed
+from qcow2x._core.state cimport runs_append, runs_clear
 from qcow2x._core.status cimport *
-from qcow2x._core.sync cimport pthread_mutex_lock, pthread_mutex_unlock, q2_add, q2_load, q2_store
+from qcow2x._core.sync cimport *
+
+
+cdef void free_what_is_mapped(ImageState img) noexcept nogil:
+    """What no flush may do: a build that can leave edges out (edges.h) does it to show why."""
+    pthread_rwlock_wrlock(&img.meta)
+    if runs_append(&img.limbo[img.epoch & 1], &img.dropped) == Q2_OK:
+        runs_clear(&img.dropped)
+    pthread_rwlock_unlock(&img.meta)
+    retire_freed(img)
 
 
 cdef q2_status flush_image(ImageState img) noexcept nogil:
@@ -29,6 +41,8 @@ cdef q2_status flush_image(ImageState img) noexcept nogil:
         pthread_mutex_unlock(&img.commit)
         return Q2_OK
     ticket = q2_load(&img.flush_tickets)
+    if not q2_keeps(Q2_EDGE_UNMAPPED_BEFORE_FREED):
+        free_what_is_mapped(img)
     st = write_back_for_guest(img)
     if st == Q2_OK:
         img.flush_done = ticket
@@ -44,14 +58,17 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil:
 
 
 cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
-    cdef q2_status st = write_back_locked(img, True)
+    # Edge: every refcount before the bit that says they may be wrong is cleared.
+    cdef bint durable = q2_keeps(Q2_EDGE_REFCOUNTS_BEFORE_CLEAN)
+    cdef q2_status st = settle_growth(img)
+    if st == Q2_OK:
+        st = write_back_locked(img, durable)
     if st == Q2_OK:
         st = retire_freed(img)
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
     if st == Q2_OK and img.refblocks.n_dirty:
-        st = write_back_locked(img, True)
+        st = write_back_locked(img, durable)
     if st == Q2_OK and q2_load(&img.lazy_dirty):
-        # Edge: every refcount before the bit that says they may be wrong is cleared.
         st = write_dirty_bit(img, False)
         if st == Q2_OK:
             q2_store(&img.lazy_dirty, 0)
@@ -72,6 +89,8 @@ cdef q2_status flush_closing(ImageState img) noexcept nogil:
     cdef q2_status st
     pthread_mutex_lock(&img.commit)
     st = settle_refcounts(img)
+    if st == Q2_OK:
+        cut_tail(img)
     img.shut = True
     img.shut_status = st
     pthread_mutex_unlock(&img.commit)

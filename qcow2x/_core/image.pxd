@@ -20,6 +20,7 @@ cdef class CoreImage(ImageState):
     cdef _guard_luks_header(self)
     cdef _init_caches(self, uint64_t l2_bytes)
     cdef _set_backing(self, Storage backing)
+    cdef _map_chain(self)
     cdef q2_status _write_compressed(self, const uint8_t *data, uint64_t nbytes, uint64_t off,
                                      int32_t level) noexcept nogil
     cdef q2_status _write_batch(self, const uint8_t *stream, const uint32_t *lengths,

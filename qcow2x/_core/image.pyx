@@ -12,10 +12,12 @@ from posix.uio cimport iovec
 
 from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
 from qcow2x._core.bitmapdir cimport Marks
+from qcow2x._core.chain cimport chain_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport (flush_closing, flush_if_metadata_changed, flush_image,
                                  settle_refcounts)
@@ -26,6 +28,7 @@ from qcow2x._core.metadata cimport load_slice, mark_corrupt
 from qcow2x._core.overlap cimport *
 from qcow2x._core.plan cimport q2_plan
 from qcow2x._core.read cimport guest_extent, read_guest
+from qcow2x._core.reserve cimport init_growth
 from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
@@ -50,6 +53,9 @@ cdef uint64_t MAX_LUKS_BYTES = 4 << 20
 GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED, "all": GUARD_ALL}
 
 
+#: What growth= may say; see reserve.pxd.
+GROWTHS = ("auto", "ahead", "plain")
+
 #: What is written, for ``_write_meta``.
 SITE_L1_UPDATE = Q2_SITE_L1_UPDATE
 SITE_L2_UPDATE = Q2_SITE_L2_UPDATE
@@ -70,7 +76,7 @@ cdef class CoreImage(ImageState):
     def __init__(self, Storage file not None, Header header not None, *, Storage backing=None,
                  Storage data=None, SectorCipher cipher=None, l2_cache_size=None,
                  bint writable=False, bint discard_to_host=True, str overlap_check="cached",
-                 bint lazy_refcounts=False):
+                 bint lazy_refcounts=False, str growth="auto"):
         cdef q2_status st
         self.file = file
         self.data = file if data is None else data
@@ -105,6 +111,9 @@ cdef class CoreImage(ImageState):
         check_status(guard_image(self), self.name)
         self._guard_luks_header()
         self._set_backing(backing)
+        if growth not in GROWTHS:
+            raise ValueError(f"growth must be one of {', '.join(GROWTHS)}")
+        init_growth(self, writable and (growth == "ahead" or growth == "auto" and self.durable))
         with nogil:
             st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
         check_status(st, self.name)
@@ -157,6 +166,26 @@ cdef class CoreImage(ImageState):
             with nogil:
                 st = self.backing.get_size(&self.backing_size)
             check_status(st, backing.name)
+            self._map_chain()
+
+    cdef _map_chain(self):
+        """Lists the layers below, down to the first that must always be asked."""
+        cdef list layers = []
+        cdef Storage layer = self.backing
+        cdef Py_ssize_t i
+        while layer is not None:
+            layers.append(layer)
+            if (not isinstance(layer, CoreImage) or not layer.read_only
+                    or (<CoreImage>layer).file.listens):
+                break
+            layer = (<CoreImage>layer).backing
+        cdef void **listed = <void **>calloc(len(layers), sizeof(void *))
+        if listed is NULL:
+            raise MemoryError(f"{self.name}: no memory for a list of its layers")
+        for i in range(len(layers)):
+            listed[i] = <void *>layers[i]
+        check_status(chain_init(&self.below, listed, <uint32_t>len(layers), self.disk_size),
+                     self.name)
 
     # ---- Reading --------------------------------------------------------------------------------
 
@@ -432,7 +461,7 @@ cdef class CoreImage(ImageState):
         with nogil:
             q2_store_be64(self.head + Q2_HDR_AUTOCLEAR, kept)
             st = self.file.write_at(Q2_SITE_HEADER_UPDATE, self.head, 512, 0, WRITE_DEFERRED)
-            if st == Q2_OK:
+            if st == Q2_OK and q2_keeps(Q2_EDGE_AUTOCLEAR_BEFORE_WRITE):
                 # Edge: cleared before anything is written that would make the promise false.
                 st = self.file.sync(Q2_SITE_BARRIER)
         check_status(st, self.name)

@@ -20,14 +20,19 @@ cdef enum:
 cdef enum:
     MISSING_DIRTY_BIT = 2
 
+# The reserve of durable growth is empty: fill_reserve of growth.pxd, not load_slice, fills it.
+cdef enum:
+    MISSING_RESERVE = 4
+
 # No lock held. The slice is (or was, a moment ago) cached afterwards: plan again.
 cdef q2_status load_slice(ImageState img, uint64_t miss) noexcept nogil
 
 # The same for a thread that holds commit.
 cdef q2_status load_slice_committing(ImageState img, uint64_t miss) noexcept nogil
 
-# commit held. The file's first sector as `head` now is, durable at return.
-cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil
+# commit held. The file's first sector as `head` now is, durable at return: before what the edge
+# (edges.h) says comes after it.
+cdef q2_status write_head(ImageState img, int32_t site, int edge) noexcept nogil
 
 # No lock held: after a request failed with Q2_E_CORRUPT. If it met damage that no write may follow
 # (`damaged` of state.pxd), the corrupt bit is set on disk and the image poisoned.

@@ -15,6 +15,7 @@ from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset
 
 from qcow2x._core.cache cimport (SLOT_VALID, cache_begin_load, cache_end_load, q2_cache, q2_slot)
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.overlap cimport guard_refblocks
 from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_wait, room_wake,
@@ -71,7 +72,8 @@ cdef q2_status write_dirty_bit(ImageState img, bint dirty) noexcept nogil:
     cdef uint64_t after = before | Q2_INCOMPAT_DIRTY if dirty else before & ~Q2_INCOMPAT_DIRTY
     cdef q2_status st
     q2_store_be64(img.head + Q2_HDR_INCOMPAT, after)
-    st = write_head(img, Q2_SITE_HEADER_UPDATE)
+    # That refcounts are right again orders nothing: said too late, they are only looked at in vain.
+    st = write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_DIRTY_BEFORE_LAZY if dirty else Q2_EDGE_NONE)
     if st == Q2_OK:
         img.header.fields.incompat = after
     else:
@@ -301,11 +303,13 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
     if l2.n or l1.n:
         # Edges: refcounts before references; data that replaces old data before its mapping.
         # (An external data file has a count of its own, and no reason not to be asked each time.)
-        if img.geo.external_data:
+        if img.geo.external_data and q2_keeps(Q2_EDGE_DATA_FILE_BEFORE_L2):
             st = img.data.sync(Q2_SITE_BARRIER)
             if st != Q2_OK:
                 return st
-        if data_seq < q2_load(&img.refblock_seq):
+        if not q2_keeps(Q2_EDGE_DATA_BEFORE_L2):
+            data_seq = 0
+        if data_seq < q2_load(&img.refblock_seq) and q2_keeps(Q2_EDGE_REFBLOCK_BEFORE_L2):
             data_seq = q2_load(&img.refblock_seq)
         st = barrier_for(img, data_seq)
         if st != Q2_OK:
@@ -316,9 +320,10 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
             return st
     if l1.n:
         # Edge: L2 tables before the L1 entries that point to them.
-        st = barrier_for(img, q2_load(&img.table_seq))
-        if st != Q2_OK:
-            return st
+        if q2_keeps(Q2_EDGE_L2_BEFORE_L1):
+            st = barrier_for(img, q2_load(&img.table_seq))
+            if st != Q2_OK:
+                return st
         return write_batch(img, Q2_SITE_L1_UPDATE, l1)
     return Q2_OK
 
@@ -349,9 +354,10 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_OK:
         st = poison_unless_full(img, write_ranks(img, &refblocks, &l2, &l1, data_seq))
-    if st == Q2_OK and make_durable and img.geo.external_data:
+    if (st == Q2_OK and make_durable and img.geo.external_data
+            and q2_keeps(Q2_EDGE_DATA_FILE_BEFORE_FLUSH_RETURNS)):
         st = poison_unless_full(img, img.data.sync(Q2_SITE_FLUSH))
-    if st == Q2_OK and make_durable:
+    if st == Q2_OK and make_durable and q2_keeps(Q2_EDGE_ALL_BEFORE_FLUSH_RETURNS):
         st = poison_unless_full(img, img.file.sync(Q2_SITE_FLUSH))
     pthread_rwlock_wrlock(&img.meta)
     settle(&img.refblocks, st == Q2_OK, 0)
@@ -388,9 +394,9 @@ cdef q2_status write_back(ImageState img) noexcept nogil:
     return st
 
 
-cdef q2_status write_head(ImageState img, int32_t site) noexcept nogil:
+cdef q2_status write_head(ImageState img, int32_t site, int edge) noexcept nogil:
     cdef q2_status st = img.file.write_at(site, img.head, 512, 0, WRITE_DEFERRED)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(edge):
         st = img.file.sync(Q2_SITE_BARRIER)
     img.count.metadata_writes += 1
     img.count.barriers += 1
@@ -405,6 +411,6 @@ cdef void mark_corrupt(ImageState img) noexcept nogil:
     if img.geo.version >= 3 and not img.header.fields.incompat & Q2_INCOMPAT_CORRUPT:
         img.header.fields.incompat |= Q2_INCOMPAT_CORRUPT
         q2_store_be64(img.head + Q2_HDR_INCOMPAT, img.header.fields.incompat)
-        write_head(img, Q2_SITE_HEADER_UPDATE)
+        write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_NONE)
     q2_store(&img.broken, 1)
     pthread_mutex_unlock(&img.commit)

@@ -48,7 +48,8 @@ cdef class PyStorage(Storage):
     ``preadinto(buffer, offset)``, ``punch(offset, length)``, ``zero(offset, length, may_unmap)``,
     ``extent(offset, length)``, which returns ``(length, "data" | "zero" | "end")``, and
     ``reserve(offset, length)``. An object with ``at_site(name)`` is told where the image is (a name
-    of ``status.h``) before each access, and at some places between. ``pread`` and ``preadinto`` may give
+    of ``status.h``) before each access, and at some places between. One whose ``zero_past_end`` is true
+    promises, as a regular file does, that growing it leaves the gap reading as zeros. ``pread`` and ``preadinto`` may give
     less than asked for; nothing at all only at or past the end. ``pwrite`` is handed ``bytes``, which
     it may keep, and returns how many it took. The buffer that ``preadinto`` fills must not be kept.
 
@@ -79,6 +80,7 @@ cdef class PyStorage(Storage):
         self.has_extent = callable(getattr(obj, "extent", None))
         self.has_reserve = callable(getattr(obj, "reserve", None))
         self.listens = callable(getattr(obj, "at_site", None))
+        self.zero_past_end = bool(getattr(obj, "zero_past_end", False))
 
     cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
                            uint64_t off) noexcept nogil:

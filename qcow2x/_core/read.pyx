@@ -3,6 +3,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
+from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
 from qcow2x._core.codec cimport decode_cluster
 from qcow2x._core.errors cimport fail
 from qcow2x._core.mapping cimport plan_range
@@ -13,6 +14,7 @@ from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.sectors cimport read_encrypted
 from qcow2x._core.state cimport enter_request, has_backing, is_encrypted, leave_request
 from qcow2x._core.status cimport *
+from qcow2x._core.storage cimport Storage
 from qcow2x._core.sync cimport *
 
 
@@ -42,6 +44,54 @@ cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *bu
     return st
 
 
+cdef uint32_t layers_to_pass(ImageState img, uint64_t block) noexcept nogil:
+    """How many layers below the image hold nothing of a block, and show what is below them."""
+    cdef uint64_t start = block << CHAIN_BLOCK_BITS
+    cdef uint64_t nbytes = <uint64_t>1 << CHAIN_BLOCK_BITS
+    cdef uint32_t passed = 0
+    cdef q2_extent ext
+    if chain_known(&img.below, block, &passed):
+        return passed
+    passed = 0
+    # The last one is always asked.
+    while passed + 1 < img.below.n:
+        # Past its end a layer reads as zeros, whatever is below it.
+        if start + nbytes > (<ImageState>img.below.layer[passed]).disk_size:
+            break
+        if layer_extent(<ImageState>img.below.layer[passed], start, nbytes, &ext) != Q2_OK:
+            # Asking it will say what is wrong; it may be well the next time.
+            return passed
+        if ext.kind != Q2_KIND_UNALLOCATED or ext.nbytes < nbytes:
+            break
+        passed += 1
+    chain_learn(&img.below, block, passed)
+    return passed
+
+
+cdef q2_status read_below(ImageState img, uint8_t *buf, size_t nbytes,
+                          uint64_t guest_off) noexcept nogil:
+    """What the backing chain shows; zeros past its end. Runs of blocks that one layer is asked for
+    are one request."""
+    cdef uint64_t end = guest_off + nbytes
+    cdef uint64_t upto
+    cdef uint32_t passed
+    cdef q2_status st = Q2_OK
+    if img.below.slot is NULL:
+        return img.backing.read_at(Q2_SITE_DATA_READ, buf, nbytes, guest_off)
+    while guest_off < end and st == Q2_OK:
+        passed = layers_to_pass(img, guest_off >> CHAIN_BLOCK_BITS)
+        upto = ((guest_off >> CHAIN_BLOCK_BITS) + 1) << CHAIN_BLOCK_BITS
+        while upto < end and layers_to_pass(img, upto >> CHAIN_BLOCK_BITS) == passed:
+            upto += <uint64_t>1 << CHAIN_BLOCK_BITS
+        if upto > end:
+            upto = end
+        st = (<Storage>img.below.layer[passed]).read_at(Q2_SITE_DATA_READ, buf,
+                                                        upto - guest_off, guest_off)
+        buf += upto - guest_off
+        guest_off = upto
+    return st
+
+
 cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
     if ext.kind == Q2_KIND_DATA:
         if is_encrypted(img):
@@ -53,8 +103,7 @@ cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) n
     if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):
         if img.file.listens:
             img.file.reach(Q2_SITE_BACKING_READ)
-        # Past the backing file's end this reads zeros.
-        return img.backing.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.guest_off)
+        return read_below(img, buf, ext.nbytes, ext.guest_off)
     memset(buf, 0, ext.nbytes)
     return Q2_OK
 

@@ -6,6 +6,7 @@ from libc.string cimport memcpy
 
 from qcow2x._core.alloc cimport alloc_contiguous
 from qcow2x._core.discard cimport unmap_guest, unmap_tail, zero_guest
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.geometry cimport l1_entries_for
@@ -61,9 +62,10 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         # Edge: every L2 table and its refcount before the L1 entry that points to it, also in the
         # new place. So the copy is made while no entry waits to be written; tables are made once
         # per 512 MiB, so this does not go round twice in practice.
-        st = write_back_locked(img, True)
+        if q2_keeps(Q2_EDGE_L1_WRITTEN_BEFORE_COPIED):
+            st = write_back_locked(img, True)
         pthread_rwlock_wrlock(&img.meta)
-        if not img.l1_is_dirty:
+        if not img.l1_is_dirty or not q2_keeps(Q2_EDGE_L1_WRITTEN_BEFORE_COPIED):
             break
         pthread_rwlock_unlock(&img.meta)
     else:
@@ -74,13 +76,13 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
             q2_store_be64(table + 8 * i, l1[i])
         st = poison_unless_full(img, img.file.write_at(
             Q2_SITE_L1_GROW_WRITE, table, n_clusters << cbits, first << cbits, WRITE_DEFERRED))
-        if st == Q2_OK:
+        if st == Q2_OK and q2_keeps(Q2_EDGE_L1_BEFORE_HEADER):
             img.count.barriers += 1
             st = poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
     if st == Q2_OK:
         q2_store_be32(img.head + Q2_HDR_L1_SIZE, <uint32_t>entries)
         q2_store_be64(img.head + Q2_HDR_L1_OFFSET, first << cbits)
-        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE)
+        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE, Q2_EDGE_NONE)
         if st != Q2_OK:
             q2_store_be32(img.head + Q2_HDR_L1_SIZE, img.l1_size)
             q2_store_be64(img.head + Q2_HDR_L1_OFFSET, img.l1_offset)
@@ -111,7 +113,7 @@ cdef q2_status set_disk_size(ImageState img, uint64_t size) noexcept nogil:
     pthread_rwlock_wrlock(&img.meta)
     old = img.disk_size
     q2_store_be64(img.head + Q2_HDR_SIZE, size)
-    st = write_head(img, Q2_SITE_HEADER_UPDATE)
+    st = write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_SIZE_BEFORE_RESIZE_RETURNS)
     if st == Q2_OK:
         img.disk_size = size
         img.header.fields.size = size
@@ -145,7 +147,7 @@ cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
         # The mappings first: were the size cut first and the power then, a later growth would bring
         # the old bytes back.
         st = unmap_tail(img, size)
-        if st == Q2_OK:
+        if st == Q2_OK and q2_keeps(Q2_EDGE_UNMAPPED_BEFORE_SHRUNK):
             st = flush_image(img)
         if st == Q2_OK:
             st = set_disk_size(img, size)
@@ -162,6 +164,6 @@ cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
             tail = size
         if tail > old:
             st = zero_guest(img, old, tail - old, True, False)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_ZEROED_BEFORE_GROWN):
         st = flush_image(img)
     return set_disk_size(img, size) if st == Q2_OK else st

@@ -11,11 +11,13 @@ from libc.string cimport memcpy, memset
 
 from qcow2x._core.alloc cimport alloc_contiguous
 from qcow2x._core.cache cimport cache_forget_all
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_SNAPSHOT_L1, guard_image, guard_remove,
                                    guard_table)
 from qcow2x._core.reftree cimport refresh_copied, shift_refcounts, shift_runs
+from qcow2x._core.reserve cimport settle_growth
 from qcow2x._core.retire cimport retire_freed
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -61,7 +63,9 @@ cdef q2_status release_clusters(ImageState img, uint64_t host_off, uint64_t n) n
 # ---- Steps, all with commit held and writers frozen ---------------------------------------------
 
 cdef q2_status everything_on_disk(ImageState img) noexcept nogil:
-    cdef q2_status st = write_back_locked(img, True)
+    cdef q2_status st = settle_growth(img)
+    if st == Q2_OK:
+        st = write_back_locked(img, True)
     if st == Q2_OK:
         st = retire_freed(img)
     return write_back_locked(img, True) if st == Q2_OK else st
@@ -92,7 +96,10 @@ cdef void mark_dirty(ImageState img, bint dirty) noexcept nogil:
 
 cdef q2_status write_dirty(ImageState img, bint dirty) noexcept nogil:
     mark_dirty(img, dirty)
-    return write_head(img, Q2_SITE_HEADER_UPDATE) if img.geo.version >= 3 else Q2_OK
+    if img.geo.version < 3:
+        return Q2_OK
+    return write_head(img, Q2_SITE_HEADER_UPDATE,
+                      Q2_EDGE_DIRTY_BEFORE_SNAPSHOT_STEPS if dirty else Q2_EDGE_NONE)
 
 
 cdef void name_table(ImageState img, const q2_table *table) noexcept nogil:
@@ -225,7 +232,7 @@ cdef q2_status settle_counts(ImageState img, const q2_runs *tables, q2_runs *fre
         st = barrier(img)
     if st == Q2_OK:
         st = refresh_active_l1(img)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_COPIED_BEFORE_CLEAN):
         st = barrier(img)
     if st == Q2_OK:
         st = write_dirty(img, False)
@@ -291,13 +298,13 @@ cdef q2_status create_snapshot(ImageState img, uint64_t l1_copy_off, const q2_ta
         st = refresh_active_l1(img)
     if st == Q2_OK:
         st = write_table(img, table)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_SNAPSHOT_BEFORE_HEADER):
         st = barrier(img)
     # 3. The snapshot exists.
     if st == Q2_OK:
         name_table(img, table)
         mark_dirty(img, False)
-        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE)
+        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_NONE)
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     if st == Q2_OK:
@@ -332,12 +339,12 @@ cdef q2_status delete_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size
     # 1. The snapshot is gone; its clusters have leaked. (The dirty bit stands in `head` already.)
     if st == Q2_OK:
         st = write_table(img, table)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_SNAPSHOTS_BEFORE_HEADER):
         st = barrier(img)
     if st == Q2_OK:
         changed = True
         name_table(img, table)
-        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE)
+        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_SNAPSHOT_GONE_BEFORE_FREED)
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     # 2. They are given back.
@@ -371,7 +378,7 @@ cdef q2_status switch_l1(ImageState img, uint64_t *l1, uint64_t host_off, uint32
     q2_store_be64(img.head + Q2_HDR_SIZE, disk_size)
     q2_store_be32(img.head + Q2_HDR_L1_SIZE, n)
     q2_store_be64(img.head + Q2_HDR_L1_OFFSET, host_off)
-    st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE)
+    st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE, Q2_EDGE_DISK_SWITCHED_BEFORE_FREED)
     if st != Q2_OK:
         free(dirty)
         return st
@@ -423,7 +430,7 @@ cdef q2_status apply_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size,
     # 2. The disk is the snapshot. (A snapshot's L1 entries carry no COPIED flag.)
     if st == Q2_OK:
         st = write_l1(img, new_l1, new_l1_size, new_l1_off, True)
-    if st == Q2_OK:
+    if st == Q2_OK and q2_keeps(Q2_EDGE_SNAPSHOT_L1_BEFORE_HEADER):
         st = barrier(img)
     if st == Q2_OK:
         st = switch_l1(img, new_l1, new_l1_off, new_l1_size, disk_size)

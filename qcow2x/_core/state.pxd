@@ -11,6 +11,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.cache cimport q2_cache
+from qcow2x._core.chain cimport q2_chain
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
@@ -44,6 +45,38 @@ cdef struct q2_guard:
     uint64_t mask
     uint64_t n
 
+# See growth.pxd.
+cdef enum:
+    GROWTH_STREAMS = 8
+    AHEAD_WORDS = 8             # a slice of an L2 table has at most 512 entries
+
+cdef struct q2_stream:
+    uint64_t next_cl            # where somebody who writes on and on goes on; 0: not in use
+    uint64_t window             # clusters last linked ahead of him
+
+# Guest clusters [first_cl, first_cl + n), of one L2 slice, linked ahead to host clusters from
+# first_host on.
+cdef struct q2_ahead:
+    uint64_t first_cl
+    uint64_t n
+    uint64_t first_host
+    uint64_t used[AHEAD_WORDS]  # atomic: a bit for each that was written to, or changed otherwise
+
+cdef struct q2_growth:
+    bint on                     # fixed when the image is opened
+    bint filling                # somebody makes a new reserve
+    bint ask_written            # the next reserve is to be written with zeros, all of it
+    uint64_t ask                # clusters that whoever found the reserve empty wants
+    uint64_t step               # clusters that the next reserve has at least
+    uint64_t first              # the reserve: host clusters that are counted, durably, and read as
+    uint64_t n                  # zeros, and that nothing names
+    uint64_t file_end           # bytes in the file when the image was opened
+    q2_stream stream[GROWTH_STREAMS]
+    uint32_t stream_turn
+    uint32_t n_ahead
+    uint32_t promised           # windows that writes in flight will link
+    q2_ahead ahead[GROWTH_STREAMS]
+
 cdef struct q2_counters:
     uint64_t metadata_writes
     uint64_t barriers
@@ -59,6 +92,7 @@ cdef class ImageState(Storage):
     cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size
+    cdef q2_chain below             # the layers that the backing file begins
     cdef SectorCipher cipher        # None unless the data clusters are encrypted
     cdef bint durable               # writethrough, directsync: a write returns when it is durable
     cdef bint discard_to_host       # freed clusters are punched out of the file
@@ -84,6 +118,7 @@ cdef class ImageState(Storage):
     cdef q2_inflight *inflight
     cdef q2_runs dropped            # unmapped, but not yet durably so
     cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
+    cdef q2_growth growth
     cdef q2_guard guarded
     cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
     cdef uint64_t epoch

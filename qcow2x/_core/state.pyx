@@ -5,6 +5,8 @@ from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
+from qcow2x._core.chain cimport chain_free
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
@@ -42,6 +44,7 @@ cdef class ImageState(Storage):
         free(self.limbo[0].run)
         free(self.limbo[1].run)
         free(self.awake_dir)
+        chain_free(&self.below)
         if self.locks_ready:
             pthread_rwlock_destroy(&self.meta)
             pthread_cond_destroy(&self.room_cond)
@@ -118,7 +121,8 @@ cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
             img.count.metadata_writes += 1
             img.count.barriers += 1
             # Edge: marked in use before anything is written that would make it wrong.
-            st = img.file.sync(Q2_SITE_BARRIER)
+            if q2_keeps(Q2_EDGE_BITMAPS_IN_USE_BEFORE_WRITE):
+                st = img.file.sync(Q2_SITE_BARRIER)
         st = poison_unless_full(img, st)
         if st == Q2_OK:
             pthread_rwlock_wrlock(&img.meta)

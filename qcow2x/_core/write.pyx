@@ -12,22 +12,25 @@ from posix.uio cimport iovec
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport q2_cow, write_with_cow
+from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
+from qcow2x._core.growth cimport clear_from, fill_reserve
 from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_table,
                                    entry_changed, entry_is_ours, find_entry, plan_range)
-from qcow2x._core.metadata cimport MISSING_REFTABLE, load_slice
+from qcow2x._core.metadata cimport MISSING_REFTABLE, MISSING_RESERVE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO, q2_plan
+from qcow2x._core.reserve cimport note_ahead, note_used, take_reserved
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, q2_extent
 from qcow2x._core.sync cimport *
-from qcow2x._core.wire cimport Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
+from qcow2x._core.wire cimport Q2_BITMAP_ALL_ALLOC, Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
 
 cdef enum:
     IN_PLACE = 0    # nothing to allocate: the caller goes the short way
@@ -35,10 +38,20 @@ cdef enum:
     RENEW = 2       # a new host cluster
 
 
+cdef enum:
+    # Bytes of a write that takes its clusters from the reserve: larger ones would have all they write
+    # written twice, to save two syncs.
+    GROWS_AT_MOST = 512 << 10
+
+
 cdef struct q2_write:
     q2_inflight owned
     uint8_t what            # IN_PLACE, KEEP or RENEW
     bint fresh              # the host clusters read as zeros until written
+    bint grows              # the host clusters may come from the reserve (growth.pxd)
+    bint over_zeros         # the guest clusters read as zeros before, and the host's do until written
+    uint64_t ahead          # of the owned clusters, the last so many are linked ahead
+    uint64_t clear_cl       # where `grows`: nothing of the backing file shows through before it
     bint flag_zeros         # what is mapped reads as zeros by its entry, whatever the host holds
     uint64_t host_off       # of the first owned cluster
     uint64_t data_off       # guest
@@ -121,6 +134,24 @@ cdef bint leads_to_kept(ImageState img, const uint8_t *at, uint64_t clusters, ui
     return False
 
 
+cdef bint read_as_zeros(ImageState img, const uint8_t *at, uint64_t first_cl, uint64_t n,
+                        uint64_t clear_cl) noexcept nogil:
+    """Whether the n guest clusters whose entries begin at `at` read as zeros by their mapping."""
+    cdef uint64_t i
+    cdef uint32_t sc
+    cdef uint8_t kind
+    cdef q2_l2e e
+    for i in range(n):
+        e = load_l2e(&img.geo, at + (i << img.geo.l2_entry_bits))
+        if e.entry == 0 and e.bitmap == 0 and first_cl + i < clear_cl:
+            continue
+        for sc in range(img.geo.subclusters):
+            kind = subcluster_kind(&img.geo, e, sc)
+            if kind != Q2_KIND_ZERO and (kind != Q2_KIND_UNALLOCATED or first_cl + i >= clear_cl):
+                return False
+    return True
+
+
 cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q2_write *w,
                           uint64_t *miss) noexcept nogil:
     """meta, exclusive: as many clusters as one host run can take, all in one L2 slice."""
@@ -128,7 +159,7 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     cdef uint64_t end = guest_off + nbytes
     cdef uint64_t first_cl = guest_off >> cbits
     cdef uint64_t last_cl = (end - 1) >> cbits
-    cdef uint64_t n = 1, left = 0, first_host = 0, got
+    cdef uint64_t n = 1, left = 0, room, first_host = 0, got = 0
     cdef uint8_t *at = NULL
     cdef uint8_t *last_at
     cdef q2_slot *slot = NULL
@@ -143,6 +174,8 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
         return st
     e = load_l2e(&img.geo, at)
     w.what = classify(img, first_cl, e, guest_off, end)
+    w.ahead = 0
+    room = left
     if left > last_cl + 1 - first_cl:
         left = last_cl + 1 - first_cl
     if w.what == IN_PLACE:
@@ -169,9 +202,18 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
             break
         n += 1
     w.fresh = False
+    w.over_zeros = False
     w.flag_zeros = False
     if w.what == RENEW and img.geo.external_data:
         w.host_off = first_cl << cbits
+    elif w.what == RENEW and w.grows:
+        st = take_reserved(img, first_cl, n, room, at, w.clear_cl, &first_host, &got, &w.ahead, miss)
+        if st != Q2_OK:
+            return st
+        n = got
+        w.host_off = first_host << cbits
+        w.fresh = True
+        w.over_zeros = read_as_zeros(img, at, first_cl, n, w.clear_cl)
     elif w.what == RENEW:
         st = alloc_clusters(img, n, &first_host, &got, &w.fresh, miss)
         if st != Q2_OK:
@@ -188,7 +230,8 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     w.cow.tail_off = end
     w.cow.tail_bytes = hull_end(&img.geo, w.what, load_l2e(&img.geo, last_at), end) - end
     w.owned.first_cl = first_cl
-    w.owned.n_clusters = n
+    w.owned.n_clusters = n + w.ahead
+    note_used(img, first_cl, first_cl + n)
     add_inflight(img, &w.owned)
     return Q2_OK
 
@@ -204,6 +247,10 @@ cdef inline q2_l2e linked_entry(const q2_geometry *g, const q2_write *w, q2_l2e 
     cdef q2_l2e e
     e.entry = (w.host_off + ((guest_cl - w.owned.first_cl) << g.cluster_bits)) | Q2_OFLAG_COPIED
     e.bitmap = 0
+    if guest_cl >= w.owned.first_cl + w.owned.n_clusters - w.ahead:
+        # Zeros of the host, all of it.
+        e.bitmap = Q2_BITMAP_ALL_ALLOC if g.subclusters > 1 else 0
+        return e
     if g.subclusters == 1:
         if w.flag_zeros:
             e.entry |= Q2_OFLAG_ZERO
@@ -246,9 +293,21 @@ cdef q2_status link(ImageState img, const q2_write *w, uint64_t *miss) noexcept 
         if st == Q2_OK and w.what == RENEW:
             st = drop_entry(img, old)
         at += <uint64_t>1 << img.geo.l2_entry_bits
+    if w.over_zeros:
+        # No edge: whichever of data and mapping is on the disk, old bytes are zeros.
+        return Q2_OK
     # Edge: the data before the mapping to it. It replaces old bytes, or lies where the file only
     # now begins to reach.
     return cache_after(&img.l2, slot, RANK_DATA, q2_load(&img.file.write_seq))
+
+
+cdef void leave(ImageState img, q2_write *w, bint linked) noexcept nogil:
+    """meta, exclusive: the write owns nothing any more."""
+    cdef uint64_t own = w.owned.n_clusters - w.ahead
+    remove_inflight(img, &w.owned)
+    if w.ahead:
+        note_ahead(img, w.owned.first_cl + own, w.ahead,
+                   (w.host_off >> img.geo.cluster_bits) + own, linked)
 
 
 cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept nogil:
@@ -265,7 +324,7 @@ cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept n
         else:
             st = Q2_OK
         if st != Q2_MISS:
-            remove_inflight(img, &w.owned)
+            leave(img, w, outcome == Q2_OK and st == Q2_OK)
         pthread_rwlock_unlock(&img.meta)
         if st != Q2_MISS:
             room_wake(img)
@@ -274,7 +333,7 @@ cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept n
         if st != Q2_OK:
             # Cannot load what it takes to finish: the clusters leak, nothing is corrupt.
             pthread_rwlock_wrlock(&img.meta)
-            remove_inflight(img, &w.owned)
+            leave(img, w, False)
             pthread_rwlock_unlock(&img.meta)
             room_wake(img)
             return outcome if outcome != Q2_OK else st
@@ -284,6 +343,7 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
                            q2_write *w) noexcept nogil:
     cdef uint64_t miss = 0, turn = 0
     cdef q2_status st
+    w.clear_cl = clear_from(img, guest_off) if w.grows else 0
     while True:
         pthread_rwlock_wrlock(&img.meta)
         st = plan_write(img, guest_off, nbytes, w, &miss)
@@ -292,6 +352,9 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
         pthread_rwlock_unlock(&img.meta)
         if st == Q2_BUSY:
             room_wait(img, turn)
+        elif st == Q2_MISS and miss == MISSING_RESERVE:
+            # Where there is no room for a reserve there may still be some for this write.
+            w.grows = fill_reserve(img) == Q2_OK
         elif st == Q2_MISS:
             st = load_slice(img, miss)
             if st != Q2_OK:
@@ -303,7 +366,10 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
 cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
                                 uint64_t guest_off, uint64_t *done) noexcept nogil:
     cdef q2_write w
-    cdef q2_status st = begin_write(img, guest_off, nbytes, &w)
+    cdef q2_status st
+    # A large write spreads the syncs of its metadata over many clusters by itself.
+    w.grows = img.growth.on and nbytes <= GROWS_AT_MOST
+    st = begin_write(img, guest_off, nbytes, &w)
     done[0] = 0
     if st != Q2_OK or w.what == IN_PLACE:
         return st
@@ -360,6 +426,9 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
             st = plan_range(img, guest_off, nbytes, True, &plan, &miss)
             if st == Q2_OK and not img.geo.external_data:
                 st = guard_in_place(img, &plan, &miss)
+            if st == Q2_OK and plan.extent[0].in_place:
+                note_used(img, guest_off >> img.geo.cluster_bits,
+                          (guest_off + plan.nbytes - 1 >> img.geo.cluster_bits) + 1)
         elif st == Q2_BUSY:
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
@@ -395,7 +464,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
                            bint fua) noexcept nogil:
     cdef const uint8_t *data = <const uint8_t *>buf
     cdef bint durable = fua or img.durable
-    cdef uint32_t flags = WRITE_FUA if durable else 0
+    cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
     cdef uint64_t left = nbytes, start = guest_off, done
     cdef uint32_t parity = 0
     cdef bint entered = False, alone = False
@@ -413,7 +482,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         # Also after a failure: any part may have been written.
         note_change(img, start, nbytes)
         leave_write(img, parity)
-    if st == Q2_OK and durable:
+    if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
     return st
@@ -433,6 +502,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
         st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
+    w.grows = False
     while guest_off < end and st == Q2_OK:
         st = begin_write(img, guest_off, end - guest_off, &w)
         if st != Q2_OK:
@@ -481,6 +551,7 @@ cdef q2_status plan_encoded(ImageState img, uint64_t guest_cl, uint32_t stream_b
     if st == Q2_OK:
         w.owned.first_cl = guest_cl
         w.owned.n_clusters = 1
+        note_used(img, guest_cl, guest_cl + 1)
         add_inflight(img, &w.owned)
     return st
 

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         options |= numbers
         result = _convert(parsed, disks, destination, is_there, target, format, options, bar)
         bar.finish()
-    for name in result.skipped_bitmaps:
+    for name in reversed(result.skipped_bitmaps):
         warn(f"Skipping inconsistent bitmap '{name}'")
     return 0
 

@@ -151,11 +151,14 @@ def time_image_reads(load: Load, image: qcow2x.Image) -> float:
     return time.perf_counter() - start
 
 
-def time_qemu(load: Load, path: Path, cache: str, *, write: bool, aio: str = "threads") -> float:
-    """The same requests by ``qemu-img bench``, which tells its time to the millisecond."""
+def time_qemu(
+    load: Load, path: Path, cache: str, *, write: bool, aio: str = "threads", depth: int = 1
+) -> float:
+    """The same requests by ``qemu-img bench``, which tells its time to the millisecond; *depth* of
+    them at once."""
     printed = run(
         "qemu-img", "bench", *(["-w"] if write else []), "-t", cache, "-i", aio, "-f", "qcow2",
-        "-d", "1", "-c", str(load.count), "-s", str(load.nbytes), "-S", str(load.step), path,
+        "-d", str(depth), "-c", str(load.count), "-s", str(load.nbytes), "-S", str(load.step), path,
     )  # fmt: skip
     match = re.search(r"Run completed in ([\d.]+) seconds", printed)
     if match is None:

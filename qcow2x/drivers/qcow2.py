@@ -79,6 +79,10 @@ class Qcow2Node(Node):
             discard_to_host=settings.discard_to_host,
             lazy_refcounts=settings.lazy_refcounts,
         )
+        if self.writable and self.header.bitmap_directory is not None:
+            from qcow2x.bitmap import mark_in_use
+
+            mark_in_use(self.image)
         self.storage = self.image
 
     def join_options(self, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:

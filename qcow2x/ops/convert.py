@@ -384,7 +384,8 @@ def _bitmap_source(source: Any, wanted: str) -> Any:
     if image is None or image.info().compat == "0.10":
         raise ValueError("Source lacks bitmap support")
     if wanted == "all":
-        for name, _, inconsistent in image.bitmaps.layout():
+        # From the last to the first, as QEMU names them.
+        for name, _, inconsistent in reversed(image.bitmaps.layout()):
             if inconsistent:
                 raise BrokenBitmap(name, image.name)
     return image

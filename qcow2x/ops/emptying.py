@@ -42,9 +42,7 @@ def make_empty(image: Image) -> None:
             _unmap_all(image)
             return
         with frozen(image):
-            # What the first flush set free lowers refcounts in memory; the second one writes them.
-            image.flush()
-            image.flush()
+            image._settle_refcounts()
             header = image._reread_header()
             try:
                 _start_anew(image, header)

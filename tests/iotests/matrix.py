@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""Run the suite under image options other than the defaults, with our programs and the system's.
+"""Run the suite under image options other than the defaults, beside what the system's tools pass.
 
-    matrix.py [--source DIR] [--only OPTIONS]... [TEST ...]
+    matrix.py [--source DIR] [--only OPTIONS]... [--record] [TEST ...]
 
 The expected output is QEMU's own at its defaults, and each test says itself with which options it
 makes no sense ("not run"). So what counts is the comparison: the status is 1 if under some option
-fewer tests pass with our programs than with the system's. It takes over an hour.
+fewer tests pass with our programs than with the system's. What those pass stands in system.txt, made
+by --record, which runs them instead of ours. Either takes an hour or more.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fetch import CACHE, FetchError, check_source, fetch
 from run import Log, arguments, read_expected
-from suite import Outcome, Programs, Suite
+from suite import HERE, Outcome, Programs, Suite
 
 #: What QEMU's developers run the suite with, besides nothing.
 OPTIONS = (
@@ -32,6 +34,40 @@ OPTIONS = (
     "compression_type=zstd",
     "lazy_refcounts=on",
 )
+RECORD = HERE / "system.txt"
+_HEAD = """\
+# What passes with the system's own tools under each of these image options, made by matrix.py --record.
+# options: how many ran: those that passed
+"""
+
+
+class Result(NamedTuple):
+    """What became of the tests under one option."""
+
+    ran: int
+    passed: frozenset[str]
+
+    def __str__(self) -> str:
+        rate = f" ({len(self.passed) / self.ran:.1%})" if self.ran else ""
+        return f"{len(self.passed):3} of {self.ran} passed{rate}"
+
+
+def read_record() -> dict[str, Result]:
+    record = {}
+    for line in RECORD.read_text().splitlines() if RECORD.exists() else ():
+        if not line.startswith("#"):
+            options, ran, passed = line.split(": ")
+            record[options] = Result(int(ran), frozenset(passed.split()))
+    return record
+
+
+def write_record(record: dict[str, Result]) -> None:
+    lines = [
+        f"{options}: {record[options].ran}: {' '.join(sorted(record[options].passed))}\n"
+        for options in OPTIONS
+        if options in record
+    ]
+    RECORD.write_text(_HEAD + "".join(lines))
 
 
 def main() -> int:
@@ -39,50 +75,53 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", choices=OPTIONS, metavar="OPTIONS", help="one of the options"
     )
+    parser.add_argument(
+        "--record", action="store_true", help="run the system's tools, and note what they pass"
+    )
     args = parser.parse_args()
     tests = args.tests or list(read_expected())
+    whose = "system" if args.record else "ours"
     try:
         folder = check_source(args.source or fetch())
-        programs = {
-            whose: Programs(CACHE / f"programs-{whose}", whose, whose)
-            for whose in ("ours", "system")
-        }
+        programs = Programs(CACHE / f"programs-{whose}", whose, whose)
     except (FetchError, OSError) as exc:
         print(f"matrix.py: {exc}", file=sys.stderr)
         return 1
+    print(programs.versions(), flush=True)
+    record = read_record()
     rows = []
     for options in args.only or OPTIONS:
-        results = {}
-        for whose in ("system", "ours"):
-            suite = Suite(folder, programs[whose], options=options, timeout=args.timeout)
-            log = Log(args.results / options.replace("$", "") / whose, f"{whose:<7}{options:<36}")
-            results[whose] = suite.run(tests, args.jobs, log)
-        rows.append((options, results["ours"], results["system"]))
-    return conclude(rows)
+        suite = Suite(folder, programs, options=options, timeout=args.timeout)
+        log = Log(args.results / options.replace("$", "") / whose, f"{options:<36}")
+        result = summed(suite.run(tests, args.jobs, log))
+        rows.append((options, result))
+        if args.record and not args.tests:
+            record[options] = result
+            write_record(record)
+    return conclude(rows, {} if args.record else record, set(tests))
 
 
-def conclude(rows: list[tuple[str, list[Outcome], list[Outcome]]]) -> int:
+def summed(outcomes: list[Outcome]) -> Result:
+    ran = sum(outcome.state != "not run" for outcome in outcomes)
+    return Result(ran, frozenset(o.test for o in outcomes if o.state == "pass"))
+
+
+def conclude(rows: list[tuple[str, Result]], record: dict[str, Result], tests: set[str]) -> int:
     """Print a line for each option; returns the exit status."""
     print()
     worse = False
-    for options, ours, theirs in rows:
-        mine, other = _passed(ours), _passed(theirs)
-        worse |= len(mine) < len(other)
-        print(f"{options:<36}{_rate(mine, ours)}; with the system's tools{_rate(other, theirs)}")
-        if other - mine:
-            print("    only with the system's:", *sorted(other - mine))
-        if mine - other:
-            print("    only with ours:", *sorted(mine - other))
+    for options, result in rows:
+        line = f"{options:<36}{result}"
+        if options in record:
+            theirs = record[options].passed & tests
+            worse |= len(result.passed) < len(theirs)
+            line += f"; with the system's tools {len(theirs)}"
+        print(line)
+        if options in record and theirs - result.passed:
+            print("    only with the system's:", *sorted(theirs - result.passed))
+        if options in record and result.passed - theirs:
+            print("    only with ours:", *sorted(result.passed - theirs))
     return 1 if worse else 0
-
-
-def _passed(outcomes: list[Outcome]) -> set[str]:
-    return {outcome.test for outcome in outcomes if outcome.state == "pass"}
-
-
-def _rate(passed: set[str], outcomes: list[Outcome]) -> str:
-    ran = sum(outcome.state != "not run" for outcome in outcomes)
-    return f" {len(passed):3} of {ran} passed" + (f" ({len(passed) / ran:.1%})" if ran else "")
 
 
 if __name__ == "__main__":

@@ -258,13 +258,14 @@ class Disk:
         self.model.extend(bytes(nbytes - len(self.model)))
         self.patterns = [p for p in self.patterns if p[0] + p[1] <= nbytes]
 
-    def _open(self, cache: str, l2_cache_size: int | None = None) -> None:
+    def _open(self, cache: str, l2_cache_size: int | None = None, growth: str = "auto") -> None:
         self.image = qcow2x.open(
             self.path,
             "r+",
             references="follow",
             cache=cache,
             l2_cache_size=l2_cache_size,
+            growth=growth,
             key=self._key(),
         )
 
@@ -378,10 +379,14 @@ class Disk:
     def flush(self) -> None:
         self.image.flush()
 
-    @operation(cache=CACHES, l2_cache_size=[None, None, 1, 64 * KiB])
-    def reopen(self, cache: str, l2_cache_size: int | None) -> None:
+    @operation(
+        cache=CACHES,
+        l2_cache_size=[None, None, 1, 64 * KiB],
+        growth=["auto", "ahead", "plain"],
+    )
+    def reopen(self, cache: str, l2_cache_size: int | None, growth: str) -> None:
         self.image.close()
-        self._open(cache, l2_cache_size)
+        self._open(cache, l2_cache_size, growth)
 
     @operation(size=range(1, (1 << 20) + 1), near=[None, None, -512, 512, 4096])
     def resize(self, size: int, near: int | None) -> None:
