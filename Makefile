@@ -5,6 +5,7 @@
 # make soak SECONDS=600 (or OPERATIONS=1000000)    random operations beside a model
 # make fuzz SECONDS=600                            damaged images, guided by what they lead to
 # make asan SECONDS=600 (or TESTS=test_header.py)  tests and soak, the core watched by sanitizers
+# make instructions  what the paths that only compute take, beside the committed counts
 # make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
 # make iotests  QEMU's own tests of qcow2, with our programs in place of qemu-img and qemu-io
 # make iotests-matrix  the same under other image options, beside what the system's tools pass; an hour
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include third_party qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test man iotests iotests-matrix crash soak fuzz asan build wheel sdist bench lint deps clean
+.PHONY: demo test man iotests iotests-matrix crash soak fuzz asan build wheel sdist bench instructions lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -81,6 +82,11 @@ build: $(VENV)/.ready
 bench: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
 	cd bench && QCOW2X_BENCH_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest $(or $(WHAT),.)
+
+# UPDATE=1 commits to the counts as they are now.
+instructions: $(VENV)/.installed
+	@$(PYTHON) scripts/install_needs.py instructions
+	cd bench && $(BIN)/python instructions.py $(if $(UPDATE),--update)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check

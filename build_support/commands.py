@@ -73,21 +73,21 @@ def coverage() -> list[str]:
 def core_extensions() -> list[Extension]:
     """One extension per .pyx; how it is compiled is settled when the build begins, so that
     asking for metadata or a source distribution needs no compiler and no library."""
-    headers = sorted(str(header) for header in Path(HEADERS).glob("*.h"))
-    extensions = [
-        Extension(
-            f"{CORE.replace('/', '.')}.{source.stem}",
-            [str(source)],
-            include_dirs=["include"],
-            depends=headers,
-        )
-        for source in sorted(Path(CORE).glob("*.pyx"))
-    ]
-    codec = next(module for module in extensions if module.name.endswith(".codec"))
-    codec.sources.append(f"{THIRD_PARTY}/deflate12.c")
-    codec.include_dirs.append(THIRD_PARTY)
-    codec.depends = headers + sorted(str(file) for file in Path(THIRD_PARTY).rglob("*.[ch]"))
-    return extensions
+    return [_extension(source) for source in sorted(Path(CORE).glob("*.pyx"))]
+
+
+def _extension(source: Path) -> Extension:
+    extension = Extension(
+        f"{CORE.replace('/', '.')}.{source.stem}",
+        [str(source)],
+        include_dirs=["include"],
+        depends=sorted(str(header) for header in Path(HEADERS).glob("*.h")),
+    )
+    if source.stem == "codec":
+        extension.sources.append(f"{THIRD_PARTY}/deflate12.c")
+        extension.include_dirs.append(THIRD_PARTY)
+        extension.depends += sorted(str(file) for file in Path(THIRD_PARTY).rglob("*.[ch]"))
+    return extension
 
 
 class BuildCore(build_ext):

@@ -36,7 +36,7 @@ _LIBRARY_NEEDS = {
     "libisal": Need("ISA-L (deflate encoder)", ("libisal-dev",), ("isa-l-devel",)),
     "libcrypto": Need("OpenSSL libcrypto (encryption)", ("libssl-dev",), ("openssl-devel",)),
     "liburing": Need("liburing (queued I/O)", ("liburing-dev",), ("liburing-devel",)),
-    "zlib": Need("zlib (deflate at best ratio)", ("zlib1g-dev",), ("zlib-devel",)),
+    "zlib": Need("zlib (tolerant inflate)", ("zlib1g-dev",), ("zlib-devel",)),
 }
 
 _PROGRAM_NEEDS = {
@@ -44,6 +44,7 @@ _PROGRAM_NEEDS = {
     "git": Need("git", ("git",), ("git-core",)),
     "qemu-img": Need("QEMU's disk tools", ("qemu-utils",), ("qemu-img",)),
     "mke2fs": Need("the ext4 tools", ("e2fsprogs",), ("e2fsprogs",)),
+    "valgrind": Need("valgrind", ("valgrind",), ("valgrind",)),
 }
 
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _UNALLOCATED, _DATA, _ZERO, _COMPRESSED = range(4)
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+#: Bytes up to which space is reserved by writing zeros to it. What is only reserved is cut in
+#: pieces by the writes that follow, and the host may need a block to keep account of these.
+_WRITTEN_RATHER = 1 << 20
 
 
 def open(
@@ -533,22 +536,24 @@ class Image(CoreImage):
                 self._data.reserve(offset, end - offset)
             self.flush()
             return
-        blank = bytes(1 << 20)
         cluster = self.cluster_size
         for extent in self.extents(offset, end - offset):
             if extent.host_offset is None:
                 continue
             # The last cluster is a whole one in the file, also where the disk ends inside it.
             nbytes = -(-extent.length // cluster) * cluster
-            if mode == "falloc":
+            if mode == "falloc" and nbytes > _WRITTEN_RATHER:
                 self._file.reserve(extent.host_offset, nbytes)
-                continue
-            # Before anything was written to it the new part is all zeros: writing zeros over it
-            # changes no byte.
-            for at in range(0, nbytes, len(blank)):
-                piece = blank[: nbytes - at]
-                self._file.pwrite(piece, extent.host_offset + at)
+            else:
+                self._write_blank(extent.host_offset, nbytes)
         self.flush()
+
+    def _write_blank(self, host: int, nbytes: int) -> None:
+        """Zeros for a part of the file that is new: before anything was written to it, it is all
+        zeros, so that this changes no byte."""
+        blank = bytes(min(nbytes, 1 << 20))
+        for at in range(0, nbytes, len(blank)):
+            self._file.pwrite(blank[: nbytes - at], host + at)
 
     # ---- The state of a machine ----
 
@@ -592,7 +597,10 @@ class Image(CoreImage):
                 continue
             rest = -at % self.cluster_size
             if mode != "metadata":
-                self._file.reserve(host, rest)
+                # In one piece on the host, where the cluster is new.
+                self._file.reserve(host - at % self.cluster_size, self.cluster_size)
+                if self._header.encryption is None:
+                    self._write_blank(host, rest)
             elif _disk_bytes(self._file) < host + rest:
                 self._file.truncate(host + rest)
 

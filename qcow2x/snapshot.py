@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as _errno
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 
 from qcow2x import bitmap as _bitmap
 from qcow2x._core.header import Header
-from qcow2x.errors import CorruptImage, FormatError, ImageBroken, UnsupportedFeature
+from qcow2x.errors import CorruptImage, FormatError, ImageBroken, Qcow2Error, UnsupportedFeature
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -23,6 +24,9 @@ MAX_SNAPSHOTS = 65536
 MAX_TABLE_BYTES = 1024 * MAX_SNAPSHOTS
 MAX_EXTRA_BYTES = 1024
 MAX_L1_BYTES = 32 << 20
+
+#: The ``site`` of an error that says where a snapshot's L1 table cannot be.
+SITE_L1 = "snapshot_l1"
 
 _FIXED = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQQ")
@@ -93,8 +97,6 @@ def _read_entry(storage: Storage, header: Header, at: int, end: int) -> tuple[Sn
     following = at + (_FIXED.size + rest_size + 7) // 8 * 8
     if len(rest) < rest_size or following > end:
         raise _damaged(storage, at, "ends inside an entry")
-    if l1_offset % header.cluster_size or l1_size * 8 > MAX_L1_BYTES:
-        raise _damaged(storage, at, "has an entry whose L1 table is not aligned or too large")
     extra = rest[:extra_size]
     state, disk, icount = _EXTRA.unpack(extra[: _EXTRA.size].ljust(_EXTRA.size, b"\xff"))
     snapshot = Snapshot(
@@ -118,6 +120,23 @@ def _damaged(storage: Storage, at: int, what: str) -> CorruptImage:
     exc = CorruptImage(f"{storage.name}: the snapshot table {what} (offset {at:#x})")
     exc.path, exc.offset = storage.name, at
     return exc
+
+
+def check_l1(name: str, header: Header, snapshot: Snapshot) -> None:
+    """Raises FormatError for a snapshot whose L1 table is past the limits, CorruptImage where none
+    can lie; both with the site ``SITE_L1``."""
+    nbytes = snapshot.l1_size * 8
+    exc: Qcow2Error
+    if nbytes > MAX_L1_BYTES:
+        what = "Snapshot L1 table too large"
+        exc = FormatError(f"{name}: {what} ({nbytes} bytes)")
+    elif snapshot.l1_offset % header.cluster_size or snapshot.l1_offset >> 56:
+        what = "Snapshot L1 table offset invalid"
+        exc = CorruptImage(f"{name}: {what} ({snapshot.l1_offset:#x})")
+    else:
+        return
+    exc.what = what
+    raise exc._where(name, snapshot.l1_offset, SITE_L1)
 
 
 def encode_table(snapshots: Sequence[Snapshot], version: int) -> bytes:
@@ -158,7 +177,8 @@ def find(snapshots: Sequence[Snapshot], key: str, where: str) -> Snapshot:
 
 
 def header_at(header: Header, snapshot: Snapshot, name: str) -> Header:
-    """A header through which the disk is seen as the snapshot holds it."""
+    """A header through which the disk is seen as the snapshot holds it. Raises as check_l1 does."""
+    check_l1(name, header, snapshot)
     seen = Header.parse(header.encode(), None, name)
     seen.set_tables(
         header.refcount_table_offset,
@@ -183,16 +203,26 @@ _HOLDS_FIXED, _HOLDS_SNAPSHOT_L1, _HOLDS_SNAPSHOT_L2 = 1, 4, 5
 
 def guard_tables(image: Image, every_l2: bool) -> None:
     """Has the image guard what its snapshots hold. A table that cannot be read guards nothing: the
-    image can still be used, and check says what is wrong."""
+    image can still be used, and check says what is wrong. Where every L2 table is to be guarded and
+    a snapshot's cannot be found, nothing is written at all."""
     header, storage = image._header, image._file
     if header.nb_snapshots == 0:
         return
     try:
         table = read_table(storage, header)
     except (FormatError, CorruptImage):
+        if header.snapshots_offset >= storage.size():
+            # The file ends before it: nothing is put there, to be read as snapshots one day.
+            image._guard(_HOLDS_FIXED, header.snapshots_offset, header.nb_snapshots * _FIXED.size)
         return
     image._guard(_HOLDS_FIXED, header.snapshots_offset, _bytes_in_file(table))
     for entry in table:
+        try:
+            check_l1(image.name, header, entry)
+        except (FormatError, CorruptImage) as exc:
+            if every_l2:
+                image._refuse_writes(_errno.EFBIG if isinstance(exc, FormatError) else _errno.EINVAL)
+            continue
         image._guard(_HOLDS_SNAPSHOT_L1, entry.l1_offset, entry.l1_size * 8)
         if every_l2:
             l1 = storage.pread(entry.l1_size * 8, entry.l1_offset)
@@ -256,6 +286,8 @@ class Snapshots(Sequence[Snapshot]):
                     f"{image.name}: refcounts of 1 bit cannot count a snapshot's references",
                     features=("snapshots with 1-bit refcounts",),
                 )
+            if header.nb_snapshots >= MAX_SNAPSHOTS:
+                raise self._full()
             table = self._table()
             old = (header.snapshots_offset, _bytes_in_file(table))
             numbers = [int(entry.id) for entry in table if entry.id.isdecimal()]
@@ -290,6 +322,7 @@ class Snapshots(Sequence[Snapshot]):
             self._need_writable()
             table = self._table()
             gone = find(table, key, image.name)
+            check_l1(image.name, image._header, gone)
             old = (image._header.snapshots_offset, _bytes_in_file(table))
             table.remove(gone)
             encoded_table = self._encode(table)
@@ -317,6 +350,7 @@ class Snapshots(Sequence[Snapshot]):
         with image._exclusive:
             self._need_writable()
             wanted = self.get(key)
+            check_l1(image.name, image._header, wanted)
             _bitmap.replaced(image, wanted.disk_size, lambda: self.diff(key))
             entries = max(wanted.l1_size, image._l1_entries_for(wanted.disk_size))
             if entries * 8 > MAX_L1_BYTES:
@@ -368,21 +402,25 @@ class Snapshots(Sequence[Snapshot]):
             host_off = self._image._reserve(nbytes)
         try:
             yield host_off
-        except UnsupportedFeature:
-            # Refused before anything was changed. After any other failure the image is poisoned
-            # and what was reserved is leaked, for a repair to find.
+        except (FormatError, CorruptImage):
+            # Refused before anything was changed; else the image is poisoned, and what was reserved
+            # is leaked for a repair to find, as after any other failure.
             self._image._unreserve(host_off, nbytes)
-            self._image.flush()
+            with suppress(ImageBroken):
+                self._image.flush()
             raise
 
     def _encode(self, table: list[Snapshot]) -> bytes:
         encoded = encode_table(table, self._image._header.version)
         if len(table) > MAX_SNAPSHOTS or len(encoded) > MAX_TABLE_BYTES:
-            raise UnsupportedFeature(
-                f"{self._image.name}: the snapshot table is full",
-                features=(f"more than {MAX_SNAPSHOTS} snapshots",),
-            )
+            raise self._full()
         return encoded
+
+    def _full(self) -> UnsupportedFeature:
+        return UnsupportedFeature(
+            f"{self._image.name}: the snapshot table is full",
+            features=(f"more than {MAX_SNAPSHOTS} snapshots",),
+        )
 
     def _need_writable(self) -> None:
         if not self._image.writable:

@@ -22,6 +22,7 @@ JOBS = {
     "test": lambda: [*needs.missing_programs("qemu-img", "mke2fs", "git"), *needs.missing_libnbd()],
     "iotests": lambda: [*needs.missing_programs("qemu-img"), *needs.missing_libnbd()],
     "demo": lambda: needs.missing_programs("qemu-img", "mke2fs"),
+    "instructions": lambda: needs.missing_programs("valgrind"),
 }
 
 

@@ -32,7 +32,9 @@ def main() -> None:
 
 def img_page() -> Iterator[str]:
     yield from head("qcow2x-img", PROGRAM.purpose)
-    yield from [r"\fBqcow2x\-img\fR [\fB\-hV\fR] \fICOMMAND\fR [\fIOPTION\fR ...] ..."]
+    yield from [
+        r"\fBqcow2x\-img\fR [\fB\-hV\fR] [\fB\-T\fR \fITRACE\fR] \fICOMMAND\fR [\fIOPTION\fR ...] ..."
+    ]
     yield from section("DESCRIPTION")
     yield text(
         "Takes the command lines of QEMU 10.0's qemu-img, prints what it prints and ends with its "
@@ -47,6 +49,8 @@ def img_page() -> Iterator[str]:
         yield text(f"{purpose[0].upper()}{purpose[1:]}.")
         yield ".PP"
         yield rf"\fBqcow2x\-img {name}\fR {text(command.USAGE)}"
+        for operand, meaning in command.OPERANDS:
+            yield from labelled(rf"\fI{escape(operand)}\fR", meaning)
         for option in command.OPTIONS:
             yield from labelled(option_label(option), option.help)
     yield from section("FORMAT OPTIONS")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -325,3 +326,39 @@ def test_repair_says_what_qemu_img_says(
     assert (out, err) == (theirs.stdout, theirs.stderr)
     qemu_img("check", "x.img")
     qemu_img("compare", "x.img", "theirs.img")
+
+
+def test_a_secret_that_another_one_encrypts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AES-256 in CBC mode, with the key 00 01 02 ... and the IV 00 01 02 ... of "letmein"."""
+    monkeypatch.chdir(tmp_path)
+    key = f"secret,id=k,format=base64,data={base64.b64encode(bytes(range(32))).decode()}"
+    iv = base64.b64encode(bytes(range(16))).decode()
+    encrypted = bytes.fromhex("488e09b96aa6245f1b8c3f4827aeb67a")
+    Path("raw").write_bytes(encrypted)
+    Path("text").write_bytes(base64.b64encode(encrypted))
+    Path("plain").write_bytes(b"letmein")
+    image = "driver=luks,key-secret=s,file.filename=x.img"
+    made = ["-f", "luks", "-o", "key-secret=s,iter-time=10", "x.img", "1M"]
+    assert run("create", "-q", "--object=secret,id=s,file=plain", *made) == 0
+    for source in ("file=raw", "file=text,format=base64"):
+        secret = f"secret,id=s,keyid=k,iv={iv},{source}"
+        args = ["--object", key, "--object", secret, "--image-opts", image]
+        qemu("qemu-io", *args, "-c", "read 0 4k")
+        assert run("map", *args) == 0
+    capfd.readouterr()
+    for objects, message in (
+        (["secret,id=k,data=short", f"secret,id=s,keyid=k,iv={iv},file=raw"], "Key should be 32"),
+        ([key, "secret,id=s,keyid=k,file=raw"], "IV is required to decrypt secret"),
+        ([key, "secret,id=s,keyid=k,iv=AAAA,file=raw"], "IV should be 16 bytes in length not 3"),
+        ([key, f"secret,id=s,keyid=k,iv={iv},file=plain"], "Length 7 must be a multiple of block"),
+        ([f"secret,id=s,keyid=k,iv={iv},file=raw"], "No secret with id 'k'"),
+        ([key, "secret,id=s,keyid=k,iv=A!AA,file=raw"], "contains invalid characters"),
+    ):
+        args = [word for one in objects for word in ("--object", one)]
+        assert run("map", *args, "--image-opts", image) == 1
+        ours = capfd.readouterr().err
+        assert message in ours
+        theirs = qemu("qemu-img", "map", *args, "--image-opts", image, ok=(1,)).stderr
+        assert ours.partition(": ")[2] == theirs.partition(": ")[2]

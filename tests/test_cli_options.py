@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import import_module
 
 import pytest
 from cli_helpers import run, spawn
@@ -99,8 +101,45 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: qcow2x {command} ")
-    for line in out.splitlines()[3:]:
+    lines = out.splitlines()
+    assert lines[2] == COMMANDS[command] + "."
+    named = [line for line in lines if line.startswith("  ")]
+    assert any(line.startswith("  -h, --help ") for line in named)
+    for line in named:
         assert len(line) > 32 and line[31] == " ", f"no help text: {line}"
+    # What a usage line names, in brackets or not, is told of, and the other way round.
+    usage = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", lines[0]))
+    told = [set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", line[:32])) for line in named]
+    assert usage <= set().union(*told)
+    assert [names for names in told if names and not names & usage] == [{"-h", "--help"}]
+
+
+#: The options of QEMU 10.0's qemu-img: letters, and names that are more than a letter's other form.
+QEMU_OPTIONS = {
+    "amend": "o f t p q --object --image-opts --force",
+    "bench": "c d f n i o q s S t w U --flush-interval --pattern --no-drain --image-opts",
+    "bitmap": "b f F g --add --remove --clear --enable --disable --merge --object --image-opts",
+    "check": "f r T q U --output --object --image-opts --format --repair --force-share",
+    "commit": "f t b d p q r --object --image-opts",
+    "compare": "f F T p q s U --object --image-opts",
+    "convert": "f O B C c F o l S p t T q n m W U r --target-image-opts --salvage --target-is-zero "
+    "--bitmaps --skip-broken-bitmaps --object --image-opts --force-share",
+    "create": "F b f o q u --object",
+    "dd": "f O U --object --image-opts --force-share",
+    "info": "f U --format --output --backing-chain --object --image-opts",
+    "map": "f s l U --format --output --start-offset --max-length --object --image-opts",
+    "measure": "f O o l U --output --size --object --image-opts --force-share",
+    "rebase": "f F b u p t T q U c --compress --object --image-opts --force-share",
+    "resize": "f q --preallocation --shrink --object --image-opts",
+    "snapshot": "l a c d q U --object --image-opts --force-share",
+}
+
+
+@pytest.mark.parametrize("command", QEMU_OPTIONS)
+def test_no_option_of_qemu_img_lacks(command: str) -> None:
+    options = import_module(f"qcow2x.cli.{command}").OPTIONS
+    known = {option.short for option in options} | {f"--{option.long}" for option in options}
+    assert set(QEMU_OPTIONS[command].split()) <= known
 
 
 @pytest.mark.parametrize(

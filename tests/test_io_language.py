@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.qemu import qemu_img, tool
 
+import qcow2x
 from qcow2x.cli.io import main, units
 from qcow2x.cli.io.language import Failed
 
@@ -234,3 +235,32 @@ def test_sizes_and_times() -> None:
     assert [units.integer(t) for t in ("010", "0x1f", "-3", "08", "1k", "")] == [
         8, 31, -3, None, None, None,
     ]  # fmt: skip
+
+
+def test_native_aio_needs_an_uncached_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "raw"
+    path.write_bytes(bytes(4096))
+    for flag in (["-k"], ["-i", "native"]):
+        args = [*flag, "-f", "raw", "-c", "read 0 4k"]
+        assert main([*args, str(path)]) == 1
+        assert "it requires cache.direct=on" in capsys.readouterr().err
+        assert main(["-n", *args, str(path)]) == 0
+    assert main(["-i", "io_uring", "-f", "raw", "-c", "read 0 4k", str(path)]) == 0
+
+
+def test_rules_outlive_a_reopen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are used up stay so, and the state stays what it has become."""
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 1 << 20)
+    once = "inject-error.0.event=read_aio,inject-error.0.once=on,inject-error.0.state=2"
+    state = "set-state.0.event=write_aio,set-state.0.new_state=2"
+    options = f"driver=qcow2,file.driver=blkdebug,file.image.filename={path},"
+    options += ",".join(f"file.{one}" for one in (once + "," + state).split(","))
+    script = ["write 0 64k", "reopen -r", "read 0 64k", "reopen -r", "read 0 64k"]
+    args = [word for line in script for word in ("-c", line)]
+    assert main(["--image-opts", *args, options]) == 1
+    out, err = capsys.readouterr()
+    assert (out + err).count("read failed: Input/output error") == 1
+    assert out.count("read 65536/65536") == 1

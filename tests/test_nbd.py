@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import time
 from collections.abc import Iterator
@@ -144,5 +145,28 @@ def test_convert_overwrites_an_export(folder: Path) -> None:
         assert run("compare", "-q", "-f", "raw", "-F", "raw", "source", "nbd:unix:s") == 0
         Path("longer").write_bytes(bytes(2 << 20))
         assert run("convert", "-f", "raw", "-O", "raw", "longer", "nbd:unix:s") == 1
-        assert run("convert", "-f", "raw", "-O", "qcow2", "source", "nbd:unix:s") == 1
     assert Path("a").read_bytes() == Path("source").read_bytes()
+
+
+def test_images_are_made_in_an_export(folder: Path) -> None:
+    """One that has room for them: it cannot grow."""
+    from cli_helpers import qemu_img, run
+
+    Path("source").write_bytes(random.Random(1).randbytes(1 << 20))
+    Path("a").write_bytes(bytes(4 << 20))
+    secret = ("--object", "secret,id=k,data=x")
+    with served("-f", "raw", "a"):
+        assert run("create", "-q", "-f", "qcow2", "nbd:unix:s", "64M") == 0
+        assert run("info", "nbd:unix:s") == 0
+        for compressed in ((), ("-c",)):
+            made = run("convert", "-f", "raw", "-O", "qcow2", *compressed, "source", "nbd:unix:s")
+            assert made == 0
+            qemu_img("check", "nbd:unix:s")
+            qemu_img("compare", "-f", "raw", "-F", "qcow2", "source", "nbd:unix:s")
+        keyed = (*secret, "-o", "key-secret=k,iter-time=10")
+        assert run("convert", *keyed, "-f", "raw", "-O", "luks", "source", "nbd:unix:s") == 0
+        assert run("create", "-q", "-f", "raw", "nbd:unix:s", "4M") == 0
+        assert run("create", "-q", "-f", "raw", "nbd:unix:s", "5M") == 1
+        Path("longer").write_bytes(random.Random(2).randbytes(5 << 20))
+        assert run("convert", "-f", "raw", "-O", "qcow2", "longer", "nbd:unix:s") == 1
+    assert run("create", "-q", "-f", "qcow2", "nbd:unix:none", "1M") == 1

@@ -87,3 +87,29 @@ def test_what_would_lose_data_is_asked_for(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Preallocation"):
             image.resize(MIB, shrink=True, preallocation="full")
         assert image.size == 2 * MIB
+
+
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+@pytest.mark.parametrize("key", [None, b"secret"])
+def test_growth_inside_the_last_cluster_is_preallocated(
+    tmp_path: Path, mode: str, key: bytes | None
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    encryption = None if key is None else qcow2x.Encryption(key, iter_time_ms=10)
+    old, new = 2_048_000, 2_064_384
+    qcow2x.create(path, old, encryption=encryption)
+    with qcow2x.open(path, "r+", key=key) as image:
+        image.resize(new, preallocation=mode)
+        image.pwrite(b"a" * old, 0)
+        image.flush()
+        before = path.stat()
+        image.pwrite(b"b" * (new - old), old)
+        image.flush()
+        after = path.stat()
+        assert after.st_size == before.st_size
+        if key is None:
+            assert after.st_blocks == before.st_blocks
+        assert image.pread(new, 0) == b"a" * old + b"b" * (new - old)
+        assert image.check().clean
+    if key is None:
+        check_clean(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import struct
 import threading
@@ -296,14 +297,90 @@ def test_a_damaged_table_is_an_error_with_its_offset(tmp_path: Path) -> None:
         at = image._header.snapshots_offset
         entry = bytearray(image._file.pread(40, at))
     good = path.read_bytes()
-    for where, value in ((36, b"\xff\xff\xff\xff"), (0, b"\0\0\0\0\0\0\0\1"), (8, b"\xff" * 4)):
-        data = bytearray(good)
-        data[at + where : at + where + len(value)] = value
-        path.write_bytes(data)
-        with qcow2x.open(path) as image, pytest.raises(qcow2x.CorruptImage) as caught:
-            list(image.snapshots)
-        assert caught.value.offset == at and "disk.qcow2" in str(caught.value)
+    data = bytearray(good)
+    data[at + 36 : at + 40] = b"\xff" * 4
+    path.write_bytes(data)
+    with qcow2x.open(path) as image, pytest.raises(qcow2x.CorruptImage) as caught:
+        list(image.snapshots)
+    assert caught.value.offset == at and "disk.qcow2" in str(caught.value)
     assert len(entry) == 40
+    # The file ends before the table.
+    data = bytearray(good)
+    struct.pack_into(">Q", data, 64, 1 << 40)
+    path.write_bytes(data)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(b"x" * 512, 0)
+        with pytest.raises(qcow2x.CorruptImage):
+            list(image.snapshots)
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "where, value, error, number",
+    [
+        (0, b"\0\0\0\0\0\0\0\1", qcow2x.CorruptImage, errno.EINVAL),
+        (0, b"\xff" * 6 + b"\0\0", qcow2x.CorruptImage, errno.EINVAL),
+        (8, b"\xff" * 4, qcow2x.FormatError, errno.EFBIG),
+    ],
+)
+def test_a_snapshot_whose_l1_table_cannot_be(
+    tmp_path: Path, where: int, value: bytes, error: type[Exception], number: int
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 1 << 20)
+    with qcow2x.open(path, "r+") as image:
+        image.snapshots.create("bad")
+        image.snapshots.create("good")
+        at = image._header.snapshots_offset
+    data = bytearray(path.read_bytes())
+    data[at + where : at + where + len(value)] = value
+    path.write_bytes(data)
+    with qcow2x.open(path, "r+") as image:
+        assert [snapshot.name for snapshot in image.snapshots] == ["bad", "good"]
+        for verb in (image.snapshots.open, image.snapshots.apply, image.snapshots.delete):
+            with pytest.raises(error, match="Snapshot L1 table"):
+                verb("bad")
+        image.pwrite(b"x" * 512, 0)
+        image.snapshots.apply("good")
+        image.snapshots.delete("good")
+        assert [snapshot.name for snapshot in image.snapshots] == ["bad"]
+    # What is to be guarded but cannot be found stops every write.
+    before = path.read_bytes()
+    with pytest.raises(OSError) as caught:
+        with qcow2x.open(path, "r+", overlap_check="all") as image:
+            with pytest.raises(OSError) as refused:
+                image.pwrite(b"y" * 512, 0)
+            assert refused.value.errno == number
+            assert image.pread(512, 0) == bytes(512)
+    assert caught.value.errno == number
+    assert path.read_bytes() == before
+    path.unlink()
+
+
+@pytest.mark.parametrize("entry", [0xBFFFFFFFFFFF0000, 0x800000FFFFFF0000, 0x8000000100000000])
+def test_a_cluster_without_a_refcount_has_no_snapshot(tmp_path: Path, entry: int) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 64 << 20)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(b"a" * 512, 0)
+        image.snapshots.create("before")
+        image.pwrite(b"b" * 512, 1 << 20)
+    raw = bytearray(path.read_bytes())
+    (l1,) = struct.unpack_from(">Q", raw, 40)
+    l2 = struct.unpack_from(">Q", raw, l1)[0] & 0x00FFFFFFFFFFFE00
+    struct.pack_into(">Q", raw, l2 + 8 * 16, entry)
+    path.write_bytes(raw)
+    with qcow2x.open(path, "r+") as image:
+        leaks = image.check().leaks
+        with pytest.raises((qcow2x.CorruptImage, qcow2x.FormatError)):
+            image.snapshots.create("after")
+        assert [snapshot.name for snapshot in image.snapshots] == ["before"]
+        assert image.check().leaks == leaks
+        image.pwrite(b"c" * 512, 2 << 20)
+        image.flush()
+    with qcow2x.open(path) as image:
+        assert image.pread(512, 2 << 20) == b"c" * 512
+    path.unlink()  # damaged
 
 
 @pytest.mark.not_for_qemu("a snapshot's disk is longer than its L1 table maps")

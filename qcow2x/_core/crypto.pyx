@@ -119,6 +119,26 @@ cdef context *copy_context(const context *c) noexcept nogil:
     return copy
 
 
+def decrypt_cbc(key, iv, data):
+    """``data``, whole blocks of 16 bytes, decrypted by AES in CBC mode: key of 16, 24 or 32 bytes, IV
+    of 16. Padding is the caller's matter. Raises ValueError for other sizes."""
+    cdef bytes secret = bytes(key), start = bytes(iv), source = bytes(data)
+    cdef bytearray plain = bytearray(len(source))
+    cdef EVP_CIPHER_CTX *ctx
+    cdef bint done
+    if len(start) != BLOCK or len(source) % BLOCK or len(source) > INT_MAX:
+        raise ValueError("AES in CBC mode takes an IV of one block and whole blocks")
+    ctx = new_context(True, secret, len(secret), False)
+    if ctx is NULL:
+        raise ValueError("the key must be of 16, 24 or 32 bytes")
+    done = (EVP_CipherInit_ex(ctx, NULL, NULL, NULL, start, -1)
+            and update(ctx, source, <uint8_t *><char *>plain, len(source)))
+    EVP_CIPHER_CTX_free(ctx)
+    if not done:
+        raise ValueError("the data cannot be decrypted")
+    return bytes(plain)
+
+
 cdef const EVP_CIPHER *aes(bint chained, size_t key_bytes) noexcept nogil:
     if key_bytes == 16:
         return EVP_aes_128_cbc() if chained else EVP_aes_128_ecb()

@@ -35,7 +35,8 @@ from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snap
                                     q2_table, release_clusters, reserve_clusters)
 from qcow2x._core.marks cimport q2_marks
 from qcow2x._core.state cimport (begin_request, freeze, is_encrypted, leave_request, may_write,
-                                 poison_unless_full, thaw, wake_bitmaps)
+                                 poison_unless_full, refuse_unguarded, thaw,
+                                 wake_bitmaps)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
@@ -613,6 +614,10 @@ cdef class CoreImage(ImageState):
             pthread_rwlock_unlock(&self.meta)
         check_status(st, self.name)
 
+    def _refuse_writes(self, number):
+        """No write is let through from now on; ``number`` is the errno that says why."""
+        self.refused = number
+
     # ---- Amending: what qcow2x/ops/amend.py asks for ---------------------------------------------
 
     def _change_refcount_width(self, order):
@@ -852,6 +857,8 @@ cdef class CoreImage(ImageState):
                     st = fail(Q2_E_BROKEN, Q2_SITE_NONE, 0, b"an earlier metadata write failed")
                 elif not self.read_only:
                     st = flush_closing(self)
+                    if st == Q2_OK and q2_load(&self.refusals):
+                        st = refuse_unguarded(self)
         if was_closed:
             return False
         check_status(st, self.name)

@@ -80,7 +80,14 @@ cdef class PyStorage(Storage):
         self.has_extent = callable(getattr(obj, "extent", None))
         self.has_reserve = callable(getattr(obj, "reserve", None))
         self.listens = callable(getattr(obj, "at_site", None))
+        # A place that cannot grow, like a block device.
+        self.fixed_size = bool(getattr(obj, "fixed_size", False))
         self.zero_past_end = bool(getattr(obj, "zero_past_end", False))
+
+    @property
+    def is_device(self):
+        """Whether its size is its own, as a block device's is."""
+        return self.fixed_size
 
     cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
                            uint64_t off) noexcept nogil:

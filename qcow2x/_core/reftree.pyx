@@ -16,7 +16,7 @@ from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport q2_load
-from qcow2x._core.wire cimport Q2_L1E_OFFSET_MASK, Q2_OFLAG_COPIED, Q2_RTE_OFFSET_MASK
+from qcow2x._core.wire cimport Q2_MAX_RT_BYTES, Q2_L1E_OFFSET_MASK, Q2_OFLAG_COPIED, Q2_RTE_OFFSET_MASK
 
 cdef enum:
     # Refcount blocks in memory at a time: 2 TiB of file at 64 KiB clusters and 16 bits.
@@ -31,6 +31,7 @@ cdef struct q2_window:
     uint8_t *changed
     uint64_t first_cl
     uint64_t end_cl
+    uint64_t known_end       # no cluster from here on is described by any block
 
 
 cdef uint64_t blocks_at_once(ImageState img) noexcept nogil:
@@ -67,6 +68,7 @@ cdef q2_status open_window(ImageState img, uint64_t first_block, q2_window *w) n
         w.n_blocks = blocks_at_once(img)
     w.first_cl = first_block << img.geo.refblock_bits
     w.end_cl = (first_block + w.n_blocks) << img.geo.refblock_bits
+    w.known_end = blocks_of_file(img) << img.geo.refblock_bits
     w.block = <uint8_t **>calloc(w.n_blocks + 1, sizeof(uint8_t *))
     w.changed = <uint8_t *>calloc(w.n_blocks + 1, 1)
     if w.block is NULL or w.changed is NULL:
@@ -114,6 +116,13 @@ cdef q2_status shift_one(ImageState img, q2_window *w, uint64_t cluster, int32_t
                          q2_runs *freed) noexcept nogil:
     cdef uint64_t index, refs
     cdef uint8_t *block
+    if delta > 0 and cluster >= w.known_end:
+        # A file that was cut short, or an entry that is damaged: a snapshot could not count it.
+        if cluster >> img.geo.refblock_bits >= Q2_MAX_RT_BYTES // 8:
+            return fail(Q2_E_LIMIT, Q2_SITE_REFBLOCK_UPDATE, cluster << img.geo.cluster_bits,
+                        b"a cluster in use lies where the longest refcount table does not reach")
+        return fail(Q2_E_CORRUPT, Q2_SITE_REFBLOCK_UPDATE, cluster << img.geo.cluster_bits,
+                    b"a cluster in use lies where no refcount is; check and repair the image first")
     if cluster < w.first_cl or cluster >= w.end_cl:
         return Q2_OK
     block = block_of(img, w, cluster, &index)

@@ -145,6 +145,9 @@ cdef class ImageState(Storage):
     cdef uint64_t lazy_dirty        # 1: the dirty bit is on disk, so refcounts there may be wrong
     cdef uint64_t damaged           # 1 after damage was met that no write may follow: a table where a
                                     # write would go, an entry that no writer makes
+    cdef int32_t refused            # an errno if nothing is to be written from the start: what was asked
+                                    # to be guarded cannot be found; set before the image is used
+    cdef uint64_t refusals          # writes that this has cost
     cdef uint64_t broken            # 1 after a metadata write failed
     cdef uint64_t flush_tickets     # calls to flush so far
 
@@ -170,6 +173,9 @@ cdef inline bint has_backing(ImageState img) noexcept nogil:
 
 cdef inline bint is_encrypted(ImageState img) noexcept nogil:
     return img.cipher is not None
+
+# Why a write is refused that cannot be guarded as was asked.
+cdef q2_status refuse_unguarded(ImageState img) noexcept nogil
 
 # meta, any side. Enters a request: what it plans stays readable until leave_request. Q2_E_CLOSED.
 cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil

@@ -7,7 +7,7 @@ from posix.time cimport nanosleep, timespec
 from qcow2x._core.cache cimport cache_free
 from qcow2x._core.chain cimport chain_free
 from qcow2x._core.edges cimport *
-from qcow2x._core.errors cimport fail, lacked_room
+from qcow2x._core.errors cimport fail, fail_errno, lacked_room
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
@@ -298,7 +298,13 @@ cdef q2_status may_write(ImageState img) noexcept nogil:
         return fail(Q2_E_READONLY, Q2_SITE_NONE, 0, b"image is open read-only")
     if q2_load(&img.broken):
         return fail(Q2_E_BROKEN, Q2_SITE_NONE, 0, b"an earlier metadata write failed")
-    return Q2_OK
+    return refuse_unguarded(img) if img.refused else Q2_OK
+
+
+cdef q2_status refuse_unguarded(ImageState img) noexcept nogil:
+    q2_store(&img.refusals, 1)
+    return fail_errno(img.refused, Q2_SITE_REFBLOCK_UPDATE, 0,
+                      b"a snapshot's tables, which are to be guarded, cannot be found")
 
 
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.formatopts import (
@@ -25,8 +26,9 @@ from qcow2x.cli.options import (
     UsageError,
     parse,
 )
-from qcow2x.cli.report import CommandError
+from qcow2x.cli.report import CommandError, report
 from qcow2x.cli.text import ProgressBar
+from qcow2x.cli.words import misplaced_l1, reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,10 +46,11 @@ OPTIONS = (
     CREATE_OPTIONS,
 )
 USAGE = "[--object OBJECT] [--image-opts] [-p] [-q] [-f FMT] [-t CACHE] [--force] -o OPTIONS FILE"
+OPERANDS = (("FILE", "the image"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("amend", USAGE, OPTIONS, argv)
+    parsed = parse("amend", USAGE, OPTIONS, argv, OPERANDS)
     lists = join_option_lists(parsed.values("options"))
     if not lists:
         raise UsageError("Must specify options (-o)")
@@ -85,6 +88,10 @@ def main(argv: list[str]) -> int:
                     "No keyslots match given (old) password for erase operation"
                 ) from None
             except Exception as exc:
+                if unusable := misplaced_l1(exc):
+                    report(reason(exc))
+                    doing = "Failed to turn zero into data clusters"
+                    raise CommandError(f"{doing}: {os.strerror(unusable)}") from exc
                 raise failure(exc, name=stored_in(node)) from exc
     return 0
 

@@ -31,8 +31,10 @@ OPTIONS = (
     Option("d", "depth", "N", "requests in flight (64); more than one matters for uncached modes"),
     FORMAT,
     Option("", "flush-interval", "N", "flush after every N writes"),
-    Option("i", "aio", "MODE", "threads, native or io_uring: accepted for qemu-img"),
-    Option("n", "native", None, "accepted for qemu-img, without effect"),
+    Option(
+        "i", "aio", "MODE", "threads, native (uncached modes only) or io_uring: no difference here"
+    ),
+    Option("n", "native", None, "the same as -i native"),
     Option("", "no-drain", None, "do not wait for the writes in flight before a flush"),
     Option("o", "offset", "OFFSET", "where the first request begins (0)"),
     Option("", "pattern", "BYTE", "byte that the writes are made of (0)"),
@@ -48,6 +50,7 @@ USAGE = (
     "[-c N] [-d N] [-f FMT] [--flush-interval=N] [-i MODE] [-n] [--no-drain] [-o OFFSET] "
     "[--pattern=BYTE] [-q] [-s SIZE] [-S SIZE] [-t MODE] [-w] [-U] [--image-opts] FILE"
 )
+OPERANDS = (("FILE", "the image; with -w it is written to"),)
 INT_MAX = (1 << 31) - 1
 #: With the page cache a request is answered at once, and a second thread would only wait for the
 #: first; past it the device works on several. More threads than this no longer add to that.
@@ -57,7 +60,7 @@ MAX_THREADS = 32
 def main(argv: list[str]) -> int:
     from qcow2x.drivers.opening import CACHE_FLAGS
 
-    parsed = parse("bench", USAGE, OPTIONS, argv)
+    parsed = parse("bench", USAGE, OPTIONS, argv, OPERANDS)
     count = _number(parsed, "count", "request count", INT_MAX, 75000)
     depth = _number(parsed, "depth", "queue depth", INT_MAX, 64)
     interval = _number(parsed, "flush-interval", "flush interval", INT_MAX, 0)
@@ -69,9 +72,11 @@ def main(argv: list[str]) -> int:
     cache = parsed.value("cache", "writeback") or ""
     if cache not in CACHE_FLAGS:
         raise CommandError("Invalid cache mode")
-    aio = parsed.value("aio", "threads")
+    aio = parsed.value("aio", "threads") or ""
     if aio not in ("threads", "native", "io_uring"):
         raise CommandError(f"Invalid aio option: {aio}")
+    if parsed.flag("native"):
+        aio = "native"
     path = one_file(parsed)
     if interval and not is_write:
         raise CommandError("--flush-interval is only available in write tests")
@@ -85,6 +90,7 @@ def main(argv: list[str]) -> int:
         cache=cache,
         force_share=parsed.flag("force-share"),
         discard=False,
+        aio=aio,
     ) as disk:
         kind = "write" if is_write else "read"
         print(

@@ -33,6 +33,10 @@ USAGE = (
     "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)... [-b FILE [-F FMT]] "
     "[-g SIZE] [--object OBJECT] [--image-opts | -f FMT] FILE BITMAP"
 )
+OPERANDS = (
+    ("FILE", "the image"),
+    ("BITMAP", "the name of the bitmap"),
+)
 
 _ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 _DEFAULT_GRANULARITY = 65536
@@ -40,7 +44,7 @@ _MIN_DEFAULT_GRANULARITY = 4096
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("bitmap", USAGE, OPTIONS, argv)
+    parsed = parse("bitmap", USAGE, OPTIONS, argv, OPERANDS)
     given = parsed.value("granularity")
     granularity = 0 if given is None else image_size(given, "granularity")
     actions = [(key, value) for key, value in parsed.pairs if key in _ACTIONS]

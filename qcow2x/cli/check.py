@@ -47,6 +47,7 @@ USAGE = (
     "[--object OBJECT] [--image-opts] [-q] [-f FMT] [--output=human|json] [-r leaks|all [--dry-run] [--journal FILE|--no-journal]] "
     "[--undo JOURNAL [--force]] [-T MODE] [-U] FILE"
 )
+OPERANDS = (("FILE", "the image"),)
 
 EXIT_CORRUPT = 2
 EXIT_LEAKS = 3
@@ -54,7 +55,7 @@ EXIT_NOT_SUPPORTED = 63
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("check", USAGE, OPTIONS, argv)
+    parsed = parse("check", USAGE, OPTIONS, argv, OPERANDS)
     repair = parsed.value("repair")
     if repair not in (None, "leaks", "all"):
         raise UsageError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {repair}")

@@ -41,10 +41,11 @@ OPTIONS = (
 USAGE = (
     "[--object OBJECT] [--image-opts] [-q] [-f FMT] [-t MODE] [-b BASE] [-r RATE] [-d] [-p] FILE"
 )
+OPERANDS = (("FILE", "the overlay whose content goes into its base"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("commit", USAGE, OPTIONS, argv)
+    parsed = parse("commit", USAGE, OPTIONS, argv, OPERANDS)
     rate = image_size(parsed.value("rate-limit") or "0", "rate limit")
     path = one_file(parsed)
     options: dict[str, Any] = {

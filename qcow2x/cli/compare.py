@@ -40,6 +40,7 @@ OPTIONS = (
 USAGE = (
     "[--object OBJECT] [--image-opts] [-f FMT] [-F FMT] [-s] [-T MODE] [-p] [-q] [-U] FILE1 FILE2"
 )
+OPERANDS = (("FILE1 FILE2", "the two disks"),)
 
 #: Cannot open or otherwise failed; what cannot be looked at and what cannot be read have their own.
 EXIT_ERROR = 2
@@ -50,7 +51,7 @@ SIZES_DIFFER = "Warning: Image size mismatch!"
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("compare", USAGE, OPTIONS, argv)
+    parsed = parse("compare", USAGE, OPTIONS, argv, OPERANDS)
     try:
         secrets = read_objects(parsed.values("object"))
     except CommandError as exc:

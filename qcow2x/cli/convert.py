@@ -6,10 +6,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qcow2x.cli.copying import told_as, why
-from qcow2x.cli.create import descriptions_for, print_option_help, qcow2_arguments
+from qcow2x.cli.create import (
+    create_image,
+    descriptions_for,
+    is_export,
+    print_option_help,
+    qcow2_arguments,
+)
 from qcow2x.cli.formatopts import FormatOptions, join_option_lists, wants_help
 from qcow2x.cli.objects import read_objects
-from qcow2x.cli.opening import open_disk
+from qcow2x.cli.opening import failure, open_disk
 from qcow2x.cli.options import (
     IMAGE_OPTS,
     OBJECT,
@@ -74,15 +80,19 @@ OPTIONS = (
 USAGE = (
     "[--object OBJECT] [--image-opts] [--target-image-opts] [--target-is-zero] "
     "[--bitmaps [--skip-broken-bitmaps]] [--salvage] [-U] [-C] [-c] [--level N] [-p] [-q] [-n] "
-    "[-f FMT] [-t MODE] [-T MODE] [-O FMT] [-B BACKING [-F FMT]] [-o OPTS] [-l SNAPSHOT] "
+    "[-f FMT] [-t MODE] [-T MODE] [-O FMT] [-B|-b BACKING [-F FMT]] [-o OPTS] [-l SNAPSHOT] "
     "[-S SIZE] [-r RATE] [-m N] [-W] FILE [FILE2 ...] TARGET"
+)
+OPERANDS = (
+    ("FILE ...", "what is copied; several follow each other on the target's disk"),
+    ("TARGET", "the new image, or with -n one that is there"),
 )
 MAX_SPARSE = 16 << 20
 MAX_WORKERS = 16
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("convert", USAGE, OPTIONS, argv)
+    parsed = parse("convert", USAGE, OPTIONS, argv, OPERANDS)
     lists = join_option_lists(parsed.values("options"))
     numbers = _numbers(parsed)
     snapshot = parsed.value("snapshot")
@@ -120,9 +130,10 @@ def main(argv: list[str]) -> int:
             if len(disks) > 1 and wanted.key is not None:
                 raise CommandError("No support for concatenating multiple snapshot")
             disks[0] = stack.enter_context(wanted.open(disks[0]))
-        options = _target_options(parsed, format, lists, target, secrets, len(disks))
+        size = sum(disk.size for disk in disks)
+        options = _target_options(parsed, format, lists, target, secrets, len(disks), size)
         destination: Any = target.removeprefix("file:")
-        is_there = parsed.flag("no-create") or _is_export(target, format)
+        is_there = parsed.flag("no-create") or is_export(target)
         if is_there:
             destination = stack.enter_context(
                 open_disk(
@@ -132,6 +143,7 @@ def main(argv: list[str]) -> int:
                     secrets=secrets,
                     cache=cache,
                     writable=True,
+                    options=options.pop("opened_with", None),
                     discard=numbers["sparse_size"] > 0,
                 )
             )
@@ -190,11 +202,6 @@ def _convert(
 def _tell_damage(damage: Damage) -> None:
     what = "block status at " if damage.what == "status" else ""
     warn(f"error while reading {what}offset {damage.offset}: {why(damage.error)}")
-
-
-def _is_export(target: str, format: str | None) -> bool:
-    """A disk that a server shows cannot be made; making a raw one there means to overwrite it."""
-    return format == "raw" and target.startswith(("nbd:", "nbd+", "nbds:", "nbds+"))
 
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -264,13 +271,15 @@ def _target_options(
     target: str,
     secrets: dict[str, bytes],
     n_sources: int,
+    size: int,
 ) -> dict[str, Any]:
-    """How the target is to be made, under the names of the library."""
+    """How the target is to be made, under the names of the library. One that a server shows is made
+    here, of ``size`` bytes if nothing else is said; ``opened_with`` then has the options that it
+    takes to open it."""
     backing = parsed.value("target-backing", parsed.value("backing"))
     given = None
     if not parsed.flag("no-create"):
-        path = None if _is_export(target, format) else target
-        given = FormatOptions(descriptions_for(format or "", path))
+        given = FormatOptions(descriptions_for(format or "", target))
         given.parse(lists)
         for name, value, what in (
             ("backing_file", backing, "Backing file"),
@@ -295,6 +304,15 @@ def _target_options(
     if backing is not None and given.text("backing_fmt") is None:
         raise CommandError("Use of backing file requires explicit backing format")
     _refuse_compression(parsed, format, given)
+    if is_export(target):
+        if "size" not in given.given():
+            given.set("size", str(size))
+        try:
+            create_image(target, format or "raw", given, secrets)
+        except Exception as exc:
+            raise failure(exc, f"{target}: error while converting {format}") from exc
+        keys = {n: given.text(n) for n in given.given() if n.endswith("key-secret")}
+        return {"backing_file": backing, "opened_with": keys}
     return _creation(format, given, secrets)
 
 

@@ -35,6 +35,10 @@ OPTIONS = (
     CREATE_OPTIONS,
 )
 USAGE = "[-q] [--object OBJECT] [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTS] FILE [SIZE]"
+OPERANDS = (
+    ("FILE", "the new image; one that is there is replaced"),
+    ("SIZE", "size of its disk; that of the backing file if left out"),
+)
 
 #: Formats that are known by name but never made.
 READ_ONLY_FORMATS = ("bochs", "cloop", "dmg", "blkdebug", "compress", "copy-on-read", "null-co")
@@ -44,7 +48,7 @@ _SECTOR = 512
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("create", USAGE, OPTIONS, argv)
+    parsed = parse("create", USAGE, OPTIONS, argv, OPERANDS)
     format = parsed.value("format", "raw") or ""
     path = parsed.args[0] if parsed.args else None
     lists = join_option_lists(parsed.values("options"))
@@ -97,10 +101,12 @@ def descriptions_for(format: str, path: str | None) -> list[Description]:
 
 def protocol_of(path: str) -> str:
     """The protocol that a file name stands for. Raises CommandError if nothing can be created so."""
+    if is_export(path):
+        return "nbd"
     head, colon, _ = path.partition(":")
     if not colon or "/" in head or head == "file":
         return "file"
-    if head in FOREIGN_PROTOCOLS or head.startswith("nbd"):
+    if head in FOREIGN_PROTOCOLS:
         raise CommandError(f"Protocol driver '{head}' does not support image creation")
     raise CommandError(f"Unknown protocol '{head}'")
 
@@ -167,11 +173,41 @@ def _check_backing(path: str, options: FormatOptions, *, unsafe: bool) -> None:
 # ---- Making it -----------------------------------------------------------------------------------
 
 
+def is_export(path: str) -> bool:
+    """Whether a name stands for a disk that a server shows."""
+    return path.startswith(("nbd:", "nbd+", "nbds:", "nbds+"))
+
+
 def create_image(path: str, format: str, options: FormatOptions, secrets: dict[str, bytes]) -> None:
     """Makes the image. Raises CommandError in QEMU's words, or what the library raises."""
+    if not is_export(path):
+        _create_in(path.removeprefix("file:"), format, options, secrets)
+        return
+    # A server's disk is there already, as large as it is: an image can be made in it.
+    from qcow2x.cli.words import reason
+    from qcow2x.drivers import open_node
+
+    try:
+        node = open_node(path, format="nbd", writable=True)
+    except Exception as exc:
+        raise CommandError(
+            "Protocol driver 'nbd' does not support creating new images, so an existing image must "
+            "be selected as the target; however, opening the given target as an existing image "
+            f"failed: {reason(exc)}"
+        ) from exc
+    with node:
+        if format == "raw" and node.size < (options.number("size") or 0):
+            raise CommandError("Cannot grow NBD nodes")
+        _create_in(node.storage, format, options, secrets)
+        if format == "raw":
+            # What an older image says of itself in its first sector is not true any more.
+            node.write_zeroes(0, min(_SECTOR, node.size))
+            node.flush()
+
+
+def _create_in(target: Any, format: str, options: FormatOptions, secrets: dict[str, bytes]) -> None:
     from qcow2x.ops.create import DiskTooLarge
 
-    target = path.removeprefix("file:")
     size = options.number("size") or 0
     size += -size % _SECTOR
     hints: dict[str, Any] = {

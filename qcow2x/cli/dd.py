@@ -15,15 +15,22 @@ OPTIONS = (
     IMAGE_OPTS,
 )
 USAGE = (
-    "[--image-opts] [-U] [-f FMT] [-O FMT] [bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] "
+    "[--object OBJECT] [--image-opts] [-U] [-f FMT] [-O FMT] [bs=BLOCK_SIZE] [count=BLOCKS] [skip=BLOCKS] "
     "if=INPUT of=OUTPUT"
+)
+OPERANDS = (
+    ("if=INPUT", "what is copied"),
+    ("of=OUTPUT", "the new image; one that is there is replaced"),
+    ("bs=BLOCK_SIZE", "bytes of a block (512)"),
+    ("count=BLOCKS", "blocks to copy (all)"),
+    ("skip=BLOCKS", "blocks of the input to leave out first (0)"),
 )
 INT_MAX = (1 << 31) - 1
 SECTOR = 512
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("dd", USAGE, OPTIONS, argv)
+    parsed = parse("dd", USAGE, OPTIONS, argv, OPERANDS)
     secrets = read_objects(parsed.values("object"))
     names: dict[str, str] = {}
     numbers: dict[str, int] = {"bs": SECTOR}

@@ -12,7 +12,11 @@ from qcow2x.cli.report import program, set_program
 #: The release whose qemu-img is stood in for.
 QEMU_VERSION = "10.0"
 
-PROGRAM = Program("qcow2x-img", "the commands of qemu-img, for qcow2, raw and LUKS images")
+PROGRAM = Program(
+    "qcow2x-img",
+    "the commands of qemu-img, for qcow2, raw and LUKS images",
+    more=("  -T, --trace ARG accepted for qemu-img, without effect",),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,10 +37,11 @@ OPTIONS = (
 USAGE = (
     "[--object OBJECT] [--image-opts] [-f FMT] [--output=human|json] [--backing-chain] [-U] FILE"
 )
+OPERANDS = (("FILE", "the image"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("info", USAGE, OPTIONS, argv)
+    parsed = parse("info", USAGE, OPTIONS, argv, OPERANDS)
     path = one_file(parsed)
     style = output_format(parsed)
     whole = parsed.flag("backing-chain")

@@ -44,9 +44,11 @@ COMMANDS = dict(sorted({**IMG_COMMANDS, **OWN_COMMANDS}.items()))
 class Program:
     """A command line tool: the name that it has where it was not called by another, and what it is for."""
 
-    def __init__(self, name: str, purpose: str) -> None:
+    def __init__(self, name: str, purpose: str, more: tuple[str, ...] = ()) -> None:
         self.name = name
         self.purpose = purpose
+        #: Lines of help on options that only it has.
+        self.more = more
 
     def help(self, commands: Mapping[str, str]) -> str:
         lines = [
@@ -56,6 +58,11 @@ class Program:
             "",
             "commands:",
             *(f"  {name:<10}{text}" for name, text in commands.items()),
+            "",
+            "options before the command:",
+            "  -h, --help      print this and exit",
+            "  -V, --version   print the version and exit",
+            *self.more,
             "",
             f"'{program()} <command> --help' lists the options of a command; they are those of qemu-img.",
         ]

@@ -35,13 +35,14 @@ USAGE = (
     "[--object OBJECT] [--image-opts] [-f FMT] [-s OFFSET] [-l LENGTH] [--output=human|json] "
     "[-U] FILE"
 )
+OPERANDS = (("FILE", "the image"),)
 
 
 def main(argv: list[str]) -> int:
     from qcow2x.cli.copying import why
     from qcow2x.ops.disk import extents_of
 
-    parsed = parse("map", USAGE, OPTIONS, argv)
+    parsed = parse("map", USAGE, OPTIONS, argv, OPERANDS)
     start = image_size(parsed.value("start-offset") or "0", "start offset")
     length = parsed.value("max-length")
     limit = None if length is None else image_size(length, "max length")

@@ -29,10 +29,11 @@ USAGE = (
     "[--output=human|json] [-O FMT] [-o OPTS] [--size N | [--object OBJECT] [--image-opts] "
     "[-f FMT] [-l SNAPSHOT] [-U] FILE]"
 )
+OPERANDS = (("FILE", "the source, unless --size is given"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("measure", USAGE, OPTIONS, argv)
+    parsed = parse("measure", USAGE, OPTIONS, argv, OPERANDS)
     lists = join_option_lists(parsed.values("options"))
     snapshot = parsed.value("snapshot")
     wanted = None if snapshot is None else Wanted(snapshot)

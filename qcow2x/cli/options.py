@@ -58,9 +58,10 @@ class Parsed:
 
 
 # Options that several commands share.
+_HELP = Option("h", "help", None, "print this and exit")
 QUIET = Option("q", "quiet", None, "print nothing but errors")
 PROGRESS = Option("p", "progress", None, "show a progress bar")
-FORMAT = Option("f", "format", "FMT", "format of the image: qcow2 or raw (default: look)")
+FORMAT = Option("f", "format", "FMT", "format of the image: qcow2, raw or luks (default: look)")
 OUTPUT = Option("", "output", "FMT", "human (default) or json")
 SHARE = Option("U", "force-share", None, "open also what another process is writing")
 OBJECT = Option("", "object", "OBJECT", "define an object, such as secret,id=ID,data=PASSWORD")
@@ -70,8 +71,15 @@ CREATE_OPTIONS = Option(
 )
 
 
-def parse(command: str, usage: str, options: Sequence[Option], argv: Sequence[str]) -> Parsed:
-    """Read *argv*; raises UsageError, or SystemExit after printing the help."""
+def parse(
+    command: str,
+    usage: str,
+    options: Sequence[Option],
+    argv: Sequence[str],
+    operands: Sequence[tuple[str, str]] = (),
+) -> Parsed:
+    """Read *argv*; raises UsageError, or SystemExit after printing the help. ``operands`` are names and
+    meanings of what stands besides options, for the help."""
     shorts = "h" + "".join(o.short + (":" if o.metavar else "") for o in options if o.short)
     longs = ["help"] + [o.long + ("=" if o.metavar else "") for o in options if o.long]
     by_name = {f"-{o.short}": o.key for o in options if o.short}
@@ -82,20 +90,37 @@ def parse(command: str, usage: str, options: Sequence[Option], argv: Sequence[st
         problem = "missing argument for" if exc.missing else "unrecognized"
         raise UsageError(f"{problem} option '{exc.argument}'") from None
     if any(name in ("-h", "--help") for name, _ in found):
-        print(_help(command, usage, options))
+        print(_help(command, usage, options, operands))
         sys.exit(0)
     return Parsed([(by_name[name], value) for name, value in found], args)
 
 
-def _help(command: str, usage: str, options: Sequence[Option]) -> str:
+def _help(
+    command: str, usage: str, options: Sequence[Option], operands: Sequence[tuple[str, str]]
+) -> str:
+    from qcow2x.cli.main import COMMANDS
+
     rows = []
-    for option in options:
+    for option in (*options, _HELP):
         names = [f"-{option.short}"] if option.short else []
         if option.long:
             names.append(f"--{option.long}")
         left = ", ".join(names) + (f" {option.metavar}" if option.metavar else "")
         rows.append(f"  {left:<30}{option.help}")
-    return "\n".join([f"usage: {program()} {command} {usage}", "", "options:", *rows])
+    named = [f"  {name:<30}{meaning}" for name, meaning in operands]
+    return "\n".join(
+        [
+            f"usage: {program()} {command} {usage}",
+            "",
+            f"{COMMANDS[command]}.",
+            *(["", "operands:", *named] if named else []),
+            "",
+            "options:",
+            *rows,
+            "",
+            "sizes take the suffixes k, M, G, T, P and E, powers of 1024.",
+        ]
+    )
 
 
 def image_size(text: str, what: str = "image size", low: int = 0, high: int = MAX_SIZE) -> int:

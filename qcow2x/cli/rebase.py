@@ -45,10 +45,11 @@ USAGE = (
     "[--object OBJECT] [--image-opts] [-U] [-q] [-f FMT] [-t MODE] [-T MODE] [-p] [-u] [-c] "
     "-b BACKING [-F FMT] FILE"
 )
+OPERANDS = (("FILE", "the overlay"),)
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("rebase", USAGE, OPTIONS, argv)
+    parsed = parse("rebase", USAGE, OPTIONS, argv, OPERANDS)
     if len(parsed.args) != 1:
         raise UsageError("Expecting one image file name")
     unsafe, name = parsed.flag("unsafe"), parsed.value("backing")

@@ -19,18 +19,22 @@ USAGE = (
     "[--object OBJECT] [--image-opts] [-f FMT] [--preallocation=MODE] [-q] [--shrink] FILE "
     "[+|-]SIZE"
 )
+OPERANDS = (
+    ("FILE", "the image"),
+    ("[+|-]SIZE", "the new size, or by how much to grow or shrink"),
+)
 
 _PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 
 
 def main(argv: list[str]) -> int:
     if argv and argv[-1] in ("-h", "--help"):
-        parse("resize", USAGE, OPTIONS, argv)
+        parse("resize", USAGE, OPTIONS, argv, OPERANDS)
     if len(argv) < 2:
         raise UsageError("Not enough arguments")
     # The size is the last word, whatever it looks like: "-1G" is no option.
     *argv, size = argv
-    parsed = parse("resize", USAGE, OPTIONS, argv)
+    parsed = parse("resize", USAGE, OPTIONS, argv, OPERANDS)
     preallocation = parsed.value("preallocation", "off") or ""
     if preallocation not in _PREALLOCATIONS:
         raise CommandError(f"Invalid preallocation mode '{preallocation}'")

@@ -19,9 +19,9 @@ from qcow2x.cli.options import (
     one_file,
     parse,
 )
-from qcow2x.cli.report import CommandError
+from qcow2x.cli.report import CommandError, report
 from qcow2x.cli.text import snapshot_lines
-from qcow2x.cli.words import reason
+from qcow2x.cli.words import misplaced_l1, reason
 
 if TYPE_CHECKING:
     from qcow2x.drivers import Node
@@ -37,13 +37,17 @@ OPTIONS = (
     IMAGE_OPTS,
 )
 USAGE = "[--object OBJECT] [--image-opts] [-U] [-q] [-l | -a SNAPSHOT | -c NAME | -d SNAPSHOT] FILE"
+OPERANDS = (
+    ("FILE", "the image"),
+    ("SNAPSHOT", "an id or a name"),
+)
 
 #: QEMU keeps names in buffers of this size, with a NUL at the end.
 _MAX_NAME_BYTES = 255
 
 
 def main(argv: list[str]) -> int:
-    parsed = parse("snapshot", USAGE, OPTIONS, argv)
+    parsed = parse("snapshot", USAGE, OPTIONS, argv, OPERANDS)
     actions = [pair for pair in parsed.pairs if pair[0] in ("l", "a", "c", "d")]
     if len(actions) > 1:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
@@ -100,12 +104,17 @@ def _errno_of(exc: Exception) -> int:
     """The one word that QEMU has for what went wrong with a new snapshot."""
     from qcow2x.cli.main import is_expected
     from qcow2x.cli.words import number
-    from qcow2x.errors import CorruptImage
+    from qcow2x.errors import CorruptImage, FormatError, UnsupportedFeature
 
     if not is_expected(exc):
         raise exc
     if isinstance(exc, CorruptImage):
-        return errno.EIO
+        # Where a cluster in use has no refcount, QEMU is left with that of its own retries.
+        return errno.EAGAIN if exc.site == "refblock_update" else errno.EIO
+    if isinstance(exc, UnsupportedFeature):
+        return errno.EFBIG if "the snapshot table is full" in str(exc) else errno.EINVAL
+    if isinstance(exc, FormatError):
+        return errno.EFBIG
     return number(exc) or errno.EINVAL
 
 
@@ -117,9 +126,13 @@ def _apply(node: Node, name: str) -> None:
     try:
         image.snapshots.apply(name)
     except KeyError:
-        reason = os.strerror(errno.ENOENT)
-        raise CommandError(f"{doing}: Failed to load snapshot: {reason}") from None
+        why = os.strerror(errno.ENOENT)
+        raise CommandError(f"{doing}: Failed to load snapshot: {why}") from None
     except Exception as exc:
+        if unusable := misplaced_l1(exc):
+            report(reason(exc))
+            why = os.strerror(unusable)
+            raise CommandError(f"{doing}: Failed to load snapshot: {why}") from exc
         raise failure(exc, f"{doing}: Failed to load snapshot", stored_in(node)) from exc
 
 

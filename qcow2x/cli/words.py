@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from qcow2x.drivers.errors import OpenError
 from qcow2x.errors import (
+    FormatError,
     ImageLocked,
     KeyRequired,
     NoSpace,
@@ -58,6 +60,16 @@ def hint(exc: BaseException) -> str:
         return f"\nIs another process using the image [{exc.path}]?"
     text = getattr(exc, "hint", "")
     return f"\n{text.rstrip()}" if text else ""
+
+
+def misplaced_l1(exc: BaseException) -> int | None:
+    """The errno that QEMU has for a snapshot whose L1 table cannot be where its entry says; None if
+    that is not what went wrong."""
+    from qcow2x.snapshot import SITE_L1
+
+    if getattr(exc, "site", None) != SITE_L1:
+        return None
+    return errno.EFBIG if isinstance(exc, FormatError) else errno.EINVAL
 
 
 def number(exc: BaseException) -> int | None:

@@ -20,6 +20,8 @@ _INT_MAX = (1 << 31) - 1
 #: The most that is written of zeros at once where zeroing has to be done by writing.
 _BOUNCE_BYTES = 1 << 20
 
+_RULE_OPTIONS = ("inject-error.", "set-state.")
+
 #: The engine's sites (include/qcow2x/status.h) -> QEMU's events. An access that is one here and two
 #: in QEMU is both.
 EVENTS_AT = {
@@ -72,6 +74,8 @@ class BlkdebugNode(FilterNode):
         "max-discard",
     )
     rules: Rules
+    #: What its rules are made from: the same for a node that is opened again with the same options.
+    rules_key: str
     _unflushed = False
 
     @classmethod
@@ -88,7 +92,11 @@ class BlkdebugNode(FilterNode):
 
     def open(self, options: Options) -> None:
         self._config = opts.take_text(options, "config")
+        self.rules_key = _rules_key(options, self._config)
         self.rules = take_rules(options, self._config)
+        before = self.graph.rules.get(self.rules_key)
+        if before:
+            self.rules = before.pop(0)
         for key in [k for k in options if k.startswith(("take-child-", "unshare-child-"))]:
             # What these change is kept by QEMU's jobs only.
             del options[key]
@@ -96,7 +104,8 @@ class BlkdebugNode(FilterNode):
         self.graph.open_child(self, "image", options, filename)
         self._take_limits(options)
         self.storage = PyStorage(_Listening(self), self.writable)
-        self.rules.event("none")
+        if before is None:
+            self.rules.event("none")
 
     def _take_limits(self, options: Options) -> None:
         self._align = opts.take_size(options, "align") or 1
@@ -239,6 +248,11 @@ class BlkdebugNode(FilterNode):
             self.rules.check(0, 0, "flush", self.name)
             super()._flush()
             self._unflushed = False
+
+
+def _rules_key(options: Options, config: str | None) -> str:
+    given = [(k, opts.as_text(v)) for k, v in options.items() if k.startswith(_RULE_OPTIONS)]
+    return repr((config, sorted(given)))
 
 
 class _Listening(HookStorage):

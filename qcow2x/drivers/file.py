@@ -39,7 +39,7 @@ class FileNode(Node):
     def open(self, options: Options) -> None:
         path = opts.take_text(options, "filename") or ""
         locking = opts.take_text(options, "locking") or "auto"
-        aio = opts.take_text(options, "aio") or "threads"
+        aio = opts.take_text(options, "aio") or self.graph.aio
         for value, allowed in (
             (locking, ("auto", "on", "off")),
             (aio, ("threads", "native", "io_uring")),

@@ -19,6 +19,10 @@ class FilterNode(Node):
         return self.children[self.primary]
 
     @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        return self.below.fixed_size
+
+    @property
     def cluster_granularity(self) -> int:
         return self.below.cluster_granularity
 

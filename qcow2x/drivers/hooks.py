@@ -18,6 +18,10 @@ class HookStorage:
     def name(self) -> str:
         return self._node.filename
 
+    @property
+    def fixed_size(self) -> bool:
+        return self._node.fixed_size
+
     def size(self) -> int:
         return self._node._size()
 

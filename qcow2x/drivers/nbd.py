@@ -28,6 +28,7 @@ _TAKEN_BY_NAME = ("host", "port", "path", "export", "tls-creds", "tls-hostname")
 
 class NbdNode(Node):
     driver = "nbd"
+    fixed_size = True
     is_protocol = True
     strong = ("path", "host", "port", "export", "tls-creds", "tls-hostname", "server.")
 

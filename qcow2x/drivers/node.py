@@ -49,6 +49,8 @@ class Node:
     #: It is at the bottom: file names are its own matter.
     is_protocol: ClassVar[bool] = False
     needs_filename: ClassVar[bool] = False
+    #: It cannot grow: an image in it has to do with the room that there is.
+    fixed_size: bool = False
     supports_backing: ClassVar[bool] = False
     #: Options that make a difference to what the disk holds; one that ends in a dot stands for all
     #: that start so. Where one is given the plain file name does not lead here.

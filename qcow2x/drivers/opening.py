@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from qcow2x.drivers.blkdebug_rules import Rules
+
 #: cache= of the tools -> (cache.direct, cache.no-flush, writes are durable at return).
 CACHE_FLAGS = {
     "writeback": (False, False, False),
@@ -44,29 +46,34 @@ def open_node(
     detect_zeroes: str = "off",
     copy_on_read: bool = False,
     auto_read_only: bool = False,
+    aio: str = "threads",
+    rules: Mapping[str, list[Rules]] | None = None,
     io: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> Node:
     """Opens a disk under any block driver there is, with everything below it.
 
-    ``target`` is a file name as QEMU takes it (a path, ``json:{...}``, ``file:...``, another
-    driver's protocol), with ``image_opts`` an option string (``driver=qcow2,file.filename=...``),
-    or a mapping of options, nested or flat. ``options`` are options besides; where both say
-    something, these win. ``format`` is the driver on top; None looks at the first bytes.
+        ``target`` is a file name as QEMU takes it (a path, ``json:{...}``, ``file:...``, another
+        driver's protocol), with ``image_opts`` an option string (``driver=qcow2,file.filename=...``),
+        or a mapping of options, nested or flat. ``options`` are options besides; where both say
+        something, these win. ``format`` is the driver on top; None looks at the first bytes.
 
-    Names found inside images are followed, as QEMU's tools do it, and a backing file that the image
-    gives no format for is probed. That is right for a command line whose user knows the image; for
-    images from elsewhere use :func:`qcow2x.open`, which refuses both unless told otherwise.
+        Names found inside images are followed, as QEMU's tools do it, and a backing file that the image
+        gives no format for is probed. That is right for a command line whose user knows the image; for
+        images from elsewhere use :func:`qcow2x.open`, which refuses both unless told otherwise.
 
-    ``cache``: a mode of :data:`CACHE_FLAGS`. ``force_share`` opens what another program is writing
-    (read-only). ``backing=False`` leaves backing files closed: reading what would come from one
-    raises. ``secrets`` are the keys that ``key-secret`` options name. ``discard``, ``detect_zeroes``
-    (``off``, ``on``, ``unmap``) and ``copy_on_read`` concern the top node. With ``auto_read_only`` a
-    file that may not be written is opened read-only instead. ``io=False`` only looks: formats
-    need no key, and nothing can be read or written through them.
+        ``cache``: a mode of :data:`CACHE_FLAGS`. ``force_share`` opens what another program is writing
+        (read-only). ``backing=False`` leaves backing files closed: reading what would come from one
+        raises. ``secrets`` are the keys that ``key-secret`` options name. ``discard``, ``detect_zeroes``
+        (``off``, ``on``, ``unmap``) and ``copy_on_read`` concern the top node. With ``auto_read_only`` a
+        file that may not be written is opened read-only instead. ``io=False`` only looks: formats
+    need no key, and nothing can be read or written through them. ``aio`` is how files are asked to do
+        their I/O where their own options do not say; ``native`` needs a cache mode without the host's
+        cache, and none makes a difference besides. ``rules`` are those of blkdebug nodes that were open
+        before, by :attr:`qcow2x.drivers.blkdebug.BlkdebugNode.rules_key`: they go on where they stand.
 
-    Raises OptionError, OpenError (with the cause in it), and what the library raises: OSError,
-    ImageLocked, FormatError, CorruptImage, KeyRequired. Nothing stays open after a failure.
+        Raises OptionError, OpenError (with the cause in it), and what the library raises: OSError,
+        ImageLocked, FormatError, CorruptImage, KeyRequired. Nothing stays open after a failure.
     """
     given = opts.flatten(options or {})
     filename: str | None = None
@@ -92,7 +99,9 @@ def open_node(
         "auto-read-only": auto_read_only,
         "discard": "unmap" if discard else "ignore",
     }
-    graph = Graph(secrets or {}, io=io, backing=backing, durable=durable)
+    graph = Graph(
+        secrets or {}, io=io, backing=backing, durable=durable, aio=aio, rules=rules or {}
+    )
     node = graph.open(filename, given, defaults, probing=True)
     if copy_on_read and not node.writable:
         node.close()
@@ -105,12 +114,21 @@ class Graph:
     """One call of open_node(): what its nodes have in common."""
 
     def __init__(
-        self, secrets: Mapping[str, bytes], *, io: bool, backing: bool, durable: bool
+        self,
+        secrets: Mapping[str, bytes],
+        *,
+        io: bool,
+        backing: bool,
+        durable: bool,
+        aio: str,
+        rules: Mapping[str, list[Rules]],
     ) -> None:
         self.secrets = secrets
         self.io = io
         self.backing = backing
         self.durable = durable
+        self.aio = aio
+        self.rules = rules
 
     # ---- What options in force come down to ----
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from qcow2x.errors import NoSpace
 from qcow2x.ops.create import SECTOR, Hints, name_of, open_target
 from qcow2x.ops.disk import RawDisk
-from qcow2x.storage import FileStorage
 
 if TYPE_CHECKING:
     from qcow2x.encryption import Encryption
@@ -67,7 +66,7 @@ def _check(size: int, preallocation: str) -> None:
 
 def _fill(storage: Storage, front: bytes, size: int, preallocation: str) -> None:
     total = len(front) + -(-size // SECTOR) * SECTOR
-    if isinstance(storage, FileStorage) and storage.is_device:
+    if getattr(storage, "is_device", False):
         if storage.size() < total:
             raise NoSpace(28, f"{storage.name}: the device has only {storage.size()} bytes")
     else:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qcow2x.cli.io.language import ANY, Command, Failed, WrongUsage, options
-from qcow2x.cli.io.session import Opening, Session, check_aio
+from qcow2x.cli.io.session import Opening, Session
 from qcow2x.cli.report import CommandError
 
 _FIXED = ("driver", "node-name")
@@ -39,7 +39,9 @@ def _open(session: Session, argv: list[str]) -> None:
         elif letter == "d":
             opening = opening.with_discard(value)
         elif letter == "i":
-            check_aio(value)
+            opening = opening.with_aio(value)
+        elif letter == "k":
+            opening = opening.with_aio("native")
         elif letter == "o":
             if session.image_opts:
                 raise Failed("--image-opts and 'open -o' are mutually exclusive")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qcow2x.cli.io.background import Background
     from qcow2x.cli.io.disk import Disk
     from qcow2x.cli.io.language import Language
+    from qcow2x.drivers.blkdebug_rules import Rules
 
 #: cache mode -> (how the node is opened, whether each write is made durable at once).
 CACHE_MODES = {
@@ -36,6 +37,7 @@ class Opening:
     cache: str = "writeback"
     durable: bool = True
     discard: bool = True
+    aio: str = "threads"
     force_share: bool = False
     copy_on_read: bool = False
     #: Writes go to an overlay that ends with the program.
@@ -47,6 +49,12 @@ class Opening:
         cache, durable = CACHE_MODES[mode]
         return replace(self, cache=cache, durable=durable)
 
+    def with_aio(self, mode: str) -> Opening:
+        """Requests are made by threads whatever is asked for; what QEMU refuses is refused."""
+        if mode not in AIO_MODES:
+            raise CommandError(f"Invalid aio option: {mode}")
+        return replace(self, aio=mode)
+
     def with_discard(self, mode: str) -> Opening:
         if mode not in DISCARD_MODES:
             raise CommandError(f"Invalid discard option: {mode}")
@@ -54,12 +62,6 @@ class Opening:
 
     def with_options(self, options: Mapping[str, Any]) -> Opening:
         return replace(self, options={**self.options, **options})
-
-
-def check_aio(mode: str) -> None:
-    """Requests are made by threads whatever is asked for; what no QEMU knows is refused."""
-    if mode not in AIO_MODES:
-        raise CommandError(f"Invalid aio option: {mode}")
 
 
 class Session:
@@ -120,7 +122,7 @@ class Session:
             device = "" if opening.name is None else f" device {opening.name}"
             raise CommandError(f"can't open{device}: {words.reason(exc)}{words.hint(exc)}") from exc
 
-    def _open(self, opening: Opening) -> None:
+    def _open(self, opening: Opening, rules: Mapping[str, list[Rules]] | None = None) -> None:
         from qcow2x.cli.io.disk import Disk
         from qcow2x.drivers import open_node
 
@@ -132,6 +134,8 @@ class Session:
             force_share=opening.force_share,
             discard=opening.discard,
             copy_on_read=opening.copy_on_read,
+            aio=opening.aio,
+            rules=rules,
             secrets=self._secrets(),
         )
         if opening.snapshot:
@@ -161,14 +165,27 @@ class Session:
         from qcow2x.cli.io.disk import is_expected
 
         before = self.opening
+        rules = _rules_below(self.open_disk.node)
         self.close()
         try:
-            self._open(opening)
+            self._open(opening, {key: list(kept) for key, kept in rules.items()})
         except Exception as exc:
-            self._open(before)
+            self._open(before, rules)
             if not is_expected(exc):
                 raise
             raise CommandError(f"{words.reason(exc)}{words.hint(exc)}") from exc
+
+
+def _rules_below(node: Any) -> dict[str, list[Rules]]:
+    """The rules of blkdebug nodes, which outlive a change of other options."""
+    found: dict[str, list[Rules]] = {}
+    for child in getattr(node, "children", {}).values():
+        for key, rules in _rules_below(child).items():
+            found.setdefault(key, []).extend(rules)
+    own = getattr(node, "rules_key", None)
+    if own is not None:
+        found.setdefault(own, []).append(node.rules)
+    return found
 
 
 def _warn_of_probing(name: str) -> None:
