@@ -195,7 +195,8 @@ cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint
         if g.filling:
             return Q2_BUSY
         g.ask = n + more
-        g.ask_written = stream is not NULL
+        # The first one too: nobody can tell yet who will write on.
+        g.ask_written = stream is not NULL or g.step == clusters_in(img, LEAST_BYTES)
         miss[0] = MISSING_RESERVE
         return Q2_MISS
     if more and g.promised + 1 >= GROWTH_STREAMS:
