@@ -1,8 +1,12 @@
 # make demo     see it work on a real disk        make test    install, build, run every test
 # make build    compile in place for development  make wheel   a wheel that carries its libraries
 # make bench    measure                           make lint    style and types
-# make crash SECONDS=600                           every call fails once; then cuts of power
+# make crash SECONDS=600 (or STATES=100000)        cuts of power: every state that they may leave
+# make faults                                      every storage call of every verb fails once
+# make mutants                                     would make crash notice? each edge left out once
+# make reliability                                 all of them; their figures become docs/reliability.md
 # make soak SECONDS=600 (or OPERATIONS=1000000)    random operations beside a model
+# make fuzz SECONDS=600                            damaged images, guided by what they lead to
 # make asan SECONDS=600 (or TESTS=test_header.py)  tests and soak, the core watched by sanitizers
 # make instructions  what the paths that only compute take, beside the committed counts
 # make man      the manual pages of qcow2x-img and qcow2x-io, into build/man
@@ -26,7 +30,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include third_party qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test man iotests iotests-matrix crash soak asan build wheel sdist bench instructions lint deps clean
+.PHONY: demo test man iotests iotests-matrix crash faults mutants reliability soak fuzz asan build wheel sdist bench instructions lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -53,12 +57,33 @@ iotests-matrix: $(VENV)/.installed
 
 crash: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
-	cd tests && $(BIN)/python -m campaigns.faults && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) $(CRASH)
+	cd tests && $(BIN)/python -m campaigns.crash $(if $(STATES),--states $(STATES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0) $(ARGS)
+
+faults: $(VENV)/.installed
+	cd tests && $(BIN)/python -m campaigns.faults $(ARGS)
+
+# A build of its own, below build/mutant.
+mutants: $(VENV)/.installed
+	$(BIN)/python scripts/build_mutant.py
+	cd tests && $(BIN)/python -m campaigns.mutants $(ARGS)
+
+# SOME="crash faults" runs only those; the figures of the others stay.
+SOME ?= crash mutants faults soak
+FIGURES := $(abspath docs/reliability)
+reliability:
+	@mkdir -p $(FIGURES)
+	for name in $(SOME); do $(MAKE) $$name ARGS=--json=$(FIGURES)/$$name.json || exit 1; done
+	$(PYTHON) scripts/reliability.py
 
 # SEED=N begins with another run; ARGS="--trace" and the like are handed on.
 soak: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py test
 	cd tests && $(BIN)/python -m campaigns.soak $(if $(OPERATIONS),--operations $(OPERATIONS),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0) $(ARGS)
+
+# What it finds lies in build/fuzz: ARGS="--replay NAME" uses one image again.
+fuzz: $(VENV)/.ready
+	@$(PYTHON) scripts/install_needs.py build test
+	cd tests && $(BIN)/python -m campaigns.fuzz --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) $(ARGS)
 
 # A build of its own, below build/asan; the tests meet it instead of the installed package.
 asan: $(VENV)/.ready

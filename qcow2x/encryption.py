@@ -183,7 +183,11 @@ class _Area:
         self.storage = storage
         self.start, self.nbytes = place
         self.luks = LuksHeader.load(
-            self.read(min(HEADER_BYTES, self.nbytes), 0), self.nbytes, storage.name
+            self.read(min(HEADER_BYTES, self.nbytes), 0),
+            self.nbytes,
+            storage.name,
+            # A file by itself may be the header of a disk in another one.
+            detached=header is None,
         )
 
     def read(self, length: int, offset: int) -> bytes:
@@ -214,21 +218,29 @@ def open_cipher(storage: Storage, header: Header, key: object) -> SectorCipher:
     return cipher
 
 
-def load_container(storage: Storage) -> LuksHeader:
-    """The header of a LUKS container, which is a whole file and not part of an image. Raises
-    FormatError and UnsupportedFeature for one that cannot be used."""
-    return LuksHeader.load(storage.pread(HEADER_BYTES, 0), storage.size(), storage.name)
+def load_container(storage: Storage, *, detached: bool = False) -> LuksHeader:
+    """The header of a LUKS container, which is a whole file and not part of an image; ``detached``
+    if what it is the header of is in another file. Raises FormatError and UnsupportedFeature for one
+    that cannot be used."""
+    head = storage.pread(HEADER_BYTES, 0)
+    return LuksHeader.load(head, storage.size(), storage.name, detached=detached)
 
 
-def open_container(storage: Storage, key: object, luks: LuksHeader | None = None) -> LuksDisk:
-    """The disk in a LUKS container; ``luks`` is its header, if that is loaded already. The storage
-    stays the caller's to close, after the disk. Errors as :func:`open_cipher`."""
+def open_container(
+    storage: Storage,
+    key: object,
+    luks: LuksHeader | None = None,
+    header_storage: Storage | None = None,
+) -> LuksDisk:
+    """The disk in a LUKS container; ``luks`` is its header, if that is loaded already, and
+    ``header_storage`` the file that it is in, if that is another one. The storage stays the caller's
+    to close, after the disk. Errors as :func:`open_cipher`."""
     from qcow2x._core.luksdisk import LuksDisk
 
     if luks is None:
         luks = load_container(storage)
     with passphrase(key, storage.name) as secret:
-        cipher = luks.unlock(storage.pread, secret)
+        cipher = luks.unlock((header_storage or storage).pread, secret)
     if cipher is None:
         raise key_required(storage.name, "the key opens none of the container's key slots")
     return LuksDisk(storage, cipher, luks.payload_offset)

@@ -95,6 +95,40 @@ def test_create_lists_its_options(
     assert re.sub("  detached-header.*\n", "", ours) == theirs
 
 
+def test_a_luks_header_in_another_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU 7.2 knows of none: header and data put behind each other are an image that it opens."""
+    monkeypatch.chdir(tmp_path)
+    Path("source").write_bytes(bytes(range(256)) * 4096)
+    Path("data").write_bytes(bytes(MIB))
+    options = "key-secret=s0,detached-header=on,iter-time=10"
+    assert run("create", "-q", SECRETS[0], "-f", "luks", "-o", options, "header") == 0
+    image = "driver=luks,key-secret=s{},file.filename=data,header.filename=header"
+    image = image.replace("header.f", "header.driver=file,header.f")
+    keyed = [SECRETS[0], SECRETS[1], "--target-image-opts", "-n"]
+    assert run("convert", "-f", "raw", *keyed, "source", image.format(0)) == 0
+    added = "state=active,new-secret=s1,iter-time=10"
+    assert run("amend", *SECRETS[:2], "-o", added, "--image-opts", image.format(0)) == 0
+    capfd.readouterr()
+    assert run("info", "--output=json", "--image-opts", image.format(0)) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["virtual-size"] == MIB
+    assert told["format-specific"]["data"]["detached-header"] is True
+    for key in (0, 1):
+        keyed = [SECRETS[key], "-O", "raw", "--image-opts", image.format(key), "out"]
+        assert run("convert", *keyed) == 0
+        assert Path("out").read_bytes() == Path("source").read_bytes()
+    header = bytearray(Path("header").read_bytes())
+    assert header[104:108] == bytes(4)
+    header[104:108] = (len(header) // 512).to_bytes(4, "big")
+    Path("whole").write_bytes(header + Path("data").read_bytes())
+    whole = "driver=luks,key-secret=s1,file.filename=whole"
+    qemu_img("convert", SECRETS[1], "-O", "raw", "--image-opts", whole, "out")
+    assert Path("out").read_bytes() == Path("source").read_bytes()
+    assert run("info", "-f", "luks", "header") == 1
+
+
 def test_create_luks_opens_in_qemu(capfd: pytest.CaptureFixture[str]) -> None:
     args = [SECRETS[0], "-f", "luks", "-o", "key-secret=s0,iter-time=10", "x.img", "1M"]
     assert run("create", *args) == 0

@@ -12,7 +12,9 @@ def legacy_cipher(passphrase: Buffer) -> SectorCipher: ...
 
 class LuksHeader:
     @staticmethod
-    def load(first_bytes: Buffer, area_bytes: int, name: object = "image") -> LuksHeader: ...
+    def load(
+        first_bytes: Buffer, area_bytes: int, name: object = "image", detached: bool = False
+    ) -> LuksHeader: ...
     @staticmethod
     def new(
         cipher: str,

@@ -172,7 +172,8 @@ cdef const char *decode_header(const uint8_t *buf, size_t nbytes, q2_luks *luks)
     return NULL
 
 
-cdef const char *check_header(const q2_luks *luks, uint64_t area_bytes) noexcept nogil:
+cdef const char *check_header(const q2_luks *luks, uint64_t area_bytes,
+                              bint detached) noexcept nogil:
     """NULL, or what is wrong with the figures of a header whose area has area_bytes."""
     cdef uint64_t sectors = material_bytes(luks) // SECTOR
     cdef uint64_t start, other
@@ -186,7 +187,7 @@ cdef const char *check_header(const q2_luks *luks, uint64_t area_bytes) noexcept
             return b"a key slot has not 4000 stripes"
         if start < FIRST_MATERIAL // SECTOR:
             return b"a key slot overlaps the header"
-        if start + sectors > luks.payload_sector or (start + sectors) * SECTOR > area_bytes:
+        if (not detached and start + sectors > luks.payload_sector) or (start + sectors) * SECTOR > area_bytes:
             return b"a key slot lies beyond the end of the encryption header"
         for j in range(i):
             other = luks.slot[j].sector
@@ -352,8 +353,9 @@ cdef class LuksHeader:
     """
 
     @staticmethod
-    def load(first_bytes, uint64_t area_bytes, name="image"):
-        """From at least the first 592 bytes of an area that has ``area_bytes``.
+    def load(first_bytes, uint64_t area_bytes, name="image", bint detached=False):
+        """From at least the first 592 bytes of an area that has ``area_bytes``. ``detached``: the
+        payload may be in another file.
 
         Raises FormatError for what breaks the specification or QEMU's limits (or
         :data:`MAX_ITERATIONS`), UnsupportedFeature, naming it, for a cipher, mode or hash that
@@ -366,7 +368,7 @@ cdef class LuksHeader:
         self.name = name
         if wrong is NULL:
             self._understand()
-            wrong = check_header(&self.luks, area_bytes)
+            wrong = check_header(&self.luks, area_bytes, detached)
         if wrong is not NULL:
             raise bad_header(name, (<bytes>wrong).decode("ascii"))
         return self

@@ -135,7 +135,8 @@ def _amend(
         from qcow2x import encryption
 
         keys = _key_changes(node, options, "", secrets)
-        storage = node.children["file"].storage
+        disk: Any = node
+        storage = disk.header_file
         if "new_key" in keys:
             encryption.add_key(
                 storage,

@@ -111,7 +111,8 @@ def describe(node: Node) -> dict[str, Any]:
         info["encrypted"] = True
         from qcow2x.encryption import describe as describe_luks
 
-        container = describe_luks(node.children["file"].storage, None)
+        disk: Any = node
+        container = describe_luks(disk.header_file, None)
         info["format-specific"] = {"type": "luks", "data": _luks_members(container)}
     return info
 
@@ -234,7 +235,7 @@ def _luks_members(luks: Any) -> dict[str, Any]:
         "cipher-mode": luks.mode,
         "ivgen-alg": luks.ivgen,
         "hash-alg": luks.hash,
-        "detached-header": False,
+        "detached-header": luks.payload_offset == 0,
         "payload-offset": luks.payload_offset,
         "master-key-iters": luks.master_key_iterations,
         "uuid": luks.uuid,

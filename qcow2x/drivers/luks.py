@@ -11,6 +11,7 @@ from qcow2x.drivers.options import Options
 
 if TYPE_CHECKING:
     from qcow2x._core.luks import LuksHeader
+    from qcow2x._core.storage import Storage
     from qcow2x.encryption import LuksInfo
 
 
@@ -21,6 +22,8 @@ class LuksNode(Node):
 
     #: Read without any key.
     header: LuksHeader
+    #: Where it is: in the file, or in the child ``header`` if there is one.
+    header_file: Storage
 
     def open(self, options: Options) -> None:
         from qcow2x.encryption import load_container, open_container
@@ -32,9 +35,11 @@ class LuksNode(Node):
                 raise OptionError("Parameter 'key-secret' is required for cipher")
             key = self.graph.secret(secret)
         file = self.children["file"].storage
-        self.header = load_container(file)
+        beside = self.graph.open_child(self, "header", options, optional=True)
+        self.header_file = file if beside is None else beside.storage
+        self.header = load_container(self.header_file, detached=beside is not None)
         if key is not None:
-            self.storage = open_container(file, key, self.header)
+            self.storage = open_container(file, key, self.header, self.header_file)
 
     @property
     def luks(self) -> LuksInfo:

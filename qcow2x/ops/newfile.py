@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["create_luks", "create_raw"]
 
+_PAYLOAD_OFFSET_AT = 104
+
 PREALLOCATIONS = ("off", "falloc", "full")
 
 
@@ -53,6 +55,9 @@ def create_luks(
     """
     _check(size, preallocation)
     area = encryption.new_area(name_of(path))
+    if detached_header:
+        # The data begin at the start of the other file: "payload-offset" of the LUKS header is 0.
+        area = area[:_PAYLOAD_OFFSET_AT] + bytes(4) + area[_PAYLOAD_OFFSET_AT + 4 :]
     with open_target(path, Hints(nocow, extent_size_hint)) as storage:
         _fill(storage, area, 0 if detached_header else size, preallocation)
 

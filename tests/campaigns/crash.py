@@ -32,6 +32,8 @@ class Tally:
 
     runs: int = 0
     states: int = 0
+    #: Of a processor, in all.
+    seconds: float = 0
     asked_qemu: int = 0
     corruptions: int = 0
     lost: int = 0
@@ -50,6 +52,7 @@ class Tally:
 def run(workload: str, seed: int, qemu_every: int) -> Tally:
     """One run of a workload and every state that a cut of power in it may leave."""
     tally = Tally(runs=1)
+    began = time.process_time()
     rng = random.Random(f"{workload} {seed}")
     case = WORKLOADS[workload](rng)
     with tempfile.TemporaryDirectory(prefix="qcow2x-crash-") as folder:
@@ -76,6 +79,7 @@ def run(workload: str, seed: int, qemu_every: int) -> Tally:
                     f"calls: {what}\n  again: python -m campaigns.crash "
                     f"--workload '{workload}' --seed {seed}"
                 )
+    tally.seconds = time.process_time() - began
     return tally
 
 
@@ -107,9 +111,16 @@ def search(
         under_way: dict[Future[Tally], str] = {}
         while True:
             while len(under_way) < 2 * jobs and total < states and time.monotonic() < end:
-                # The one that has tried the least comes next: runs differ a hundredfold in states.
+                # The one that has tried the least comes next, and what is quick is tried more: a
+                # state of one workload may cost a hundred times that of another.
                 waiting = collections.Counter(under_way.values())
-                name = min(names, key=lambda n: (tallies[n].states * (1 + waiting[n]), waiting[n]))
+                name = min(
+                    names,
+                    key=lambda n: (
+                        tallies[n].states * tallies[n].seconds * (1 + waiting[n]) ** 2,
+                        waiting[n],
+                    ),
+                )
                 under_way[pool.submit(run, name, seed + turn, qemu_every)] = name
                 turn += 1
             if not under_way:
@@ -122,7 +133,7 @@ def search(
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    """As Markdown, the way docs/reliability.md has it."""
+    """As Markdown."""
     rows = [
         "| workload | runs | crash states | of them asked of qemu-img check | corruptions "
         "| acknowledged bytes lost | errors |",
@@ -155,10 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--workload", choices=WORKLOADS, help="one run of this one alone")
     parser.add_argument(
-        "--qemu-every", type=int, default=20, help="qemu-img check sees one state in so many"
+        "--qemu-every", type=int, default=14, help="qemu-img check sees one state in so many"
     )
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args(argv)
+    began = time.monotonic()
     if args.workload:
         tallies = {args.workload: run(args.workload, args.seed, args.qemu_every)}
     else:
@@ -176,8 +188,17 @@ def main(argv: list[str] | None = None) -> int:
         for failure in tally.failures:
             print(failure, file=sys.stderr)
     if args.json:
-        args.json.write_text(json.dumps({n: vars(t) for n, t in tallies.items()}, indent=1) + "\n")
-    print(f"{sum(tally.states for tally in tallies.values()) - failed} passed, {failed} failed")
+        figures = {
+            "seed": args.seed,
+            "seconds": round(time.monotonic() - began),
+            "workloads": {name: vars(tally) for name, tally in tallies.items()},
+        }
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    runs, states = (sum(getattr(t, n) for t in tallies.values()) for n in ("runs", "states"))
+    print(
+        f"seeds {args.seed} to {args.seed + runs - 1}, {time.monotonic() - began:.0f} s: "
+        f"{states - failed} passed, {failed} failed"
+    )
     return 1 if failed else 0
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import collections
 import errno
+import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.stamps import stamped
@@ -147,8 +149,10 @@ def _judge(file: RecordedFile, verb: Verb, before: Any, after: Any) -> None:
         raise Broken("a sector holds neither what it held nor what it was to hold")
 
 
-def _fail_once(start: bytes, verb: Verb, kind: Kind, k: int, before: Any, after: Any) -> str:
-    """One run with the k-th call failing; returns what the object did then."""
+def _fail_once(
+    start: bytes, verb: Verb, kind: Kind, k: int, before: Any, after: Any
+) -> tuple[str, str]:
+    """One run with the k-th call failing; returns what the object did then, and at which site."""
     file = Machine().file(start)
     image = qcow2x.open(file, "r+")
     file.failing = range(file.calls + k, file.calls + k + 1)
@@ -174,7 +178,7 @@ def _fail_once(start: bytes, verb: Verb, kind: Kind, k: int, before: Any, after:
         elif not isinstance(exc, ImageBroken) and exc.errno != kind.error:
             raise Broken(f"close: {exc!r}") from exc
     _judge(file, verb, before, after)
-    return outcome
+    return outcome, file.failed_at
 
 
 def _is_done(image: qcow2x.Image, after: Any) -> bool:
@@ -207,9 +211,15 @@ def _goes_on(image: qcow2x.Image, verb: Verb, kind: Kind, before: Any, after: An
     return outcome
 
 
-def run(names: list[str]) -> tuple[collections.Counter[tuple[str, str, str]], list[str]]:
-    """(verb, kind, outcome) of every call of every verb on every shape, and what went wrong."""
-    outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
+Counts = collections.Counter[tuple[str, str, str]]
+WRONG = "WRONG"
+
+
+def run(names: list[str]) -> tuple[Counts, Counts, list[str]]:
+    """(verb, kind, outcome) of every call of every verb on every shape, the same by site instead of
+    verb, and what went wrong."""
+    outcomes: Counts = collections.Counter()
+    sites: Counts = collections.Counter()
     wrong = []
     for shape in ("512", "4096-zstd", "extended-l2", "v2"):
         for name in names:
@@ -221,12 +231,13 @@ def run(names: list[str]) -> tuple[collections.Counter[tuple[str, str, str]], li
             for kind_name, kind in KINDS.items():
                 for k in range(1, calls + 1):
                     try:
-                        outcome = _fail_once(start, verb, kind, k, before, after)
+                        outcome, site = _fail_once(start, verb, kind, k, before, after)
                     except Exception as exc:
-                        outcome = "WRONG"
+                        outcome, site = WRONG, "any"
                         wrong.append(f"{name} ({shape}), {kind_name} at call {k}: {exc!r}")
                     outcomes[name, kind_name, outcome] += 1
-    return outcomes, wrong
+                    sites[site, kind_name, outcome] += 1
+    return outcomes, sites, wrong
 
 
 def _rehearse(start: bytes, verb: Verb) -> tuple[int, Any, Any]:
@@ -244,14 +255,14 @@ def _rehearse(start: bytes, verb: Verb) -> tuple[int, Any, Any]:
         return calls, before, _contents(image)
 
 
-def table(outcomes: collections.Counter[tuple[str, str, str]]) -> str:
-    """As Markdown, the way docs/reliability.md has it."""
+def table(title: str, outcomes: Counts) -> str:
+    """As Markdown."""
     columns = sorted({outcome for _, _, outcome in outcomes})
     rows = [
-        f"| verb | call fails with | sites | {' | '.join(columns)} |",
+        f"| {title} | call fails with | times | {' | '.join(columns)} |",
         "|---|---|---:|" + "---:|" * len(columns),
     ]
-    for name in VERBS:
+    for name in dict.fromkeys(name for name, _, _ in outcomes):
         for kind in KINDS:
             cells = [outcomes[name, kind, outcome] for outcome in columns]
             if sum(cells):
@@ -262,9 +273,16 @@ def table(outcomes: collections.Counter[tuple[str, str, str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m campaigns.faults", description=__doc__)
     parser.add_argument("--verb", choices=VERBS, action="append")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args(argv)
-    outcomes, wrong = run(args.verb or list(VERBS))
-    print(table(outcomes))
+    outcomes, sites, wrong = run(args.verb or list(VERBS))
+    print(table("verb", outcomes))
+    if args.json:
+        figures = {
+            "verbs": [[*key, count] for key, count in outcomes.items()],
+            "sites": [[*key, count] for key, count in sorted(sites.items())],
+        }
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
     for line in wrong:
         print(line, file=sys.stderr)
     print(f"{sum(outcomes.values()) - len(wrong)} passed, {len(wrong)} failed")

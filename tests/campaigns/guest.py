@@ -48,6 +48,8 @@ class Guest:
         self.durable_at_return = durable_at_return
         self.window = window
         self.sequence = 0
+        #: Where the next append begins.
+        self.end = 0
         content = image.pread(image.size, 0)
         self.history: list[list[Version]] = []
         for at in range(0, len(content), SECTOR):
@@ -73,13 +75,11 @@ class Guest:
     def append(self) -> None:
         """What follows the last append: a growing file in the guest."""
         length = self.rng.choice((SECTOR, 1024, 4096))
-        offset = self._end
+        offset = self.end
         if offset + length > self.image.size:
             offset = 0
         self._write(offset, length)
-        self._end = offset + length
-
-    _end = 0
+        self.end = offset + length
 
     def _write(self, offset: int, length: int) -> None:
         make = self.rng.choice((stamped, noise))

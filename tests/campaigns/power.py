@@ -100,6 +100,11 @@ class RecordedFile:
         self.error = errno.EIO
         self.half_written = False
         self.calls = 0
+        #: Where the image is, and where it was when a call failed: names of status.h.
+        self.site = self.failed_at = "NONE"
+
+    def at_site(self, name: str) -> None:
+        self.site = name
 
     def size(self) -> int:
         return len(self.data)
@@ -132,7 +137,10 @@ class RecordedFile:
 
     def _fails(self) -> bool:
         self.calls += 1
-        return self.failing is not None and self.calls in self.failing
+        if self.failing is None or self.calls not in self.failing:
+            return False
+        self.failed_at = self.site
+        return True
 
     def _may_fail(self) -> None:
         if self._fails():

@@ -4,6 +4,7 @@ returns how to tell whether a cut of power left what must be left."""
 from __future__ import annotations
 
 import random
+import struct
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -86,8 +87,10 @@ def _guest_case(
     backing: bytes | None = None,
     before: Callable[[qcow2x.Image], object] | None = None,
     growth: str = "auto",
+    left_over: int = 0,
     **create: Any,
 ) -> Case:
+    """``left_over``: bytes of something else behind the image, in its file or on its device."""
     shape, cache = rng.choice(shapes), rng.choice(CACHES)
     options: dict[str, Any] = {**SHAPES[shape], **create}
     under: dict[str, Any] = {}
@@ -101,13 +104,14 @@ def _guest_case(
             before(image)
         start = bytes(file.data)
     machine = Machine()
-    file = machine.file(start)
+    file = machine.file(start + stamped(0, left_over, 6 << 40))
     # Now and then as on a block device, where a new cluster holds what was there before.
     file.zero_past_end = rng.random() < 0.8
     image = qcow2x.open(file, "r+", cache=cache, growth=growth, **under)
     frozen = _snapshots(image)
     durable = cache in ("writethrough", "directsync")
     guest = Guest(machine, image, rng, durable_at_return=durable, window=window)
+    guest.end = int(size * filled) // 512 * 512
     guest.work(steps, weights)
     image.close()
     guest.settle()
@@ -157,6 +161,19 @@ def growth_ahead(rng: random.Random) -> Case:
         filled=0.0,
         backing=base,
         growth="ahead",
+    )
+
+
+def growth_over_left_over(rng: random.Random) -> Case:
+    """What is linked ahead is zeros, whatever was in its place; and no barrier helps out: refcounts
+    are lazy, and a part of an L2 table is in use, so that no mapping waits for a new one."""
+    return _guest_case(
+        rng,
+        {"append": 9, "write": 2, "discard": 1, "flush": 1},
+        filled=0.45,
+        shapes=("lazy",),
+        growth="ahead",
+        left_over=256 * KiB,
     )
 
 
@@ -443,13 +460,21 @@ _AUTOCLEAR_AT = 88
 def bitmaps(rng: random.Random) -> Case:
     """A bitmap that does not call itself inconsistent tells of every change since it was made."""
     shape = rng.choice([name for name in SHAPES if name != "v2"])
+    options, under, backing = dict(SHAPES[shape]), {}, None
+    if rng.random() < 0.4:
+        # Its name lies where the header gets an extension.
+        backing = "base.raw"
+        options |= {"backing_file": backing, "backing_format": "raw"}
+        under["backing"] = _file(stamped(0, SIZE, 7 << 40))
     machine = Machine()
-    image = qcow2x.open(machine.file(prepare(SIZE, **SHAPES[shape])), "r+")
-    image.flush()
+    image = qcow2x.open(machine.file(prepare(SIZE, under=under, **options)), "r+", **under)
+    guest = Guest(machine, image, rng)
+    guest.work(3, {"write": 1})
+    # What a new bitmap calls clean is as it is now, whatever happens.
     began = _disk(image)
     image.bitmaps.add("since", 512)
+    guest.settle()
     added = machine.now
-    guest = Guest(machine, image, rng)
     guest.work(12, {"write": 4, "zero": 1, "flush": 1})
     image.bitmaps.add("later", 4096)
     guest.work(6, {"write": 4, "flush": 1})
@@ -461,10 +486,12 @@ def bitmaps(rng: random.Random) -> Case:
 
     def verify(state: State) -> Files:
         disk = _file(state.files[0])
-        with _reopened(disk) as found:
+        with _reopened(disk, **under) as found:
             _sound(found)
             content = _disk(found)
             guest.verify(state.happened, content)
+            if found.info().backing_filename != backing:
+                raise Lost("the name of the backing file is gone")
             if "since" not in found.bitmaps:
                 if state.happened >= added:
                     raise Lost("the bitmap is gone")
@@ -473,9 +500,10 @@ def bitmaps(rng: random.Random) -> Case:
                     raise Lost("the bitmap was stored and is inconsistent")
             else:
                 _tells_of_changes(found, began, content)
-        return {"disk.qcow2": disk.data}
+        base = {} if backing is None else {backing: under["backing"].data}
+        return {"disk.qcow2": disk.data, **base}
 
-    return Case(machine, shape, verify)
+    return Case(machine, f"{shape}{' backed' if backing else ''}", verify)
 
 
 def _tells_of_changes(image: qcow2x.Image, before: bytes, after: bytes) -> None:
@@ -676,6 +704,8 @@ def repair(rng: random.Random) -> Case:
     for _ in range(rng.randrange(1, 12)):
         at = block + rng.randrange(min(cluster, len(start) - block))
         start[at] = rng.randrange(256)
+    if rng.random() < 0.6:
+        _claim_a_table(start)
     machine = Machine()
     file = machine.file(bytes(start))
     with qcow2x.open(_file(bytes(start))) as image:
@@ -694,6 +724,14 @@ def repair(rng: random.Random) -> Case:
         return {"disk.qcow2": disk.data}
 
     return Case(machine, shape, verify)
+
+
+def _claim_a_table(image: bytearray) -> None:
+    """An L2 table lies in a cluster that the guest can read as well: the repair copies it."""
+    entries, l1 = struct.unpack_from(">IQ", image, 36)
+    if entries > 1:
+        one, other = struct.unpack_from(">QQ", image, l1)
+        struct.pack_into(">Q", image, (one & (1 << 56) - 512) + 24, other)
 
 
 def _luks(secret: str) -> Encryption:
@@ -739,6 +777,7 @@ def key_slots(rng: random.Random) -> Case:
 WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth": growth,
     "growth, reserved and linked ahead": growth_ahead,
+    "growth, over what was there before": growth_over_left_over,
     "growth of refcount blocks and table": growth_of_refcounts,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
