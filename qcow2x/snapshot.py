@@ -353,6 +353,11 @@ class Snapshots(Sequence[Snapshot]):
             check_l1(image.name, image._header, wanted)
             _bitmap.replaced(image, wanted.disk_size, lambda: self.diff(key))
             entries = max(wanted.l1_size, image._l1_entries_for(wanted.disk_size))
+            if entries * 8 > MAX_L1_BYTES:
+                raise CorruptImage(
+                    f"{image.name}: snapshot {key!r} says that its disk has {wanted.disk_size} "
+                    "bytes, which no L1 table can map"
+                )
             with self._reserved(entries * 8) as l1_off:
                 image._snapshot_apply(
                     wanted.l1_offset, wanted.l1_size, l1_off, entries, wanted.disk_size

@@ -499,3 +499,20 @@ def test_repair_is_at_least_as_good_as_qemus(tmp_path, sound, make, name, harm):
     if repaired != broken:
         assert qcow2x.undo_repair(ours, journal)
     assert ours.read_bytes() == broken
+
+
+def test_a_snapshot_whose_l1_table_lies_in_data(tmp_path):
+    """Its entries are nonsense, and where they stand is not to be written to: it is the disk's."""
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 96 << 10, cluster_size=1024)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(b"\x12\x34" * 2048, 0)
+        image.snapshots.create("before")
+    data = bytearray(path.read_bytes())
+    l1, table = int.from_bytes(data[40:48], "big"), int.from_bytes(data[64:72], "big")
+    l2 = int.from_bytes(data[l1 + 2 : l1 + 8], "big")
+    data[table : table + 8] = bytes(2) + data[l2 + 2 : l2 + 8]
+    path.write_bytes(data)
+    assert qcow2x.check(path, repair="all").clean
+    with qcow2x.open(path) as image:
+        assert image.pread(4096, 0) == b"\x12\x34" * 2048

@@ -344,8 +344,11 @@ def test_a_snapshot_whose_l1_table_cannot_be(
         image.snapshots.apply("good")
         image.snapshots.delete("good")
         assert [snapshot.name for snapshot in image.snapshots] == ["bad"]
-    # What is to be guarded but cannot be found stops every write.
     before = path.read_bytes()
+    with pytest.raises(error, match="Snapshot L1 table"):
+        qcow2x.amend(path, compat="0.10")
+    assert path.read_bytes() == before
+    # What is to be guarded but cannot be found stops every write.
     with pytest.raises(OSError) as caught:
         with qcow2x.open(path, "r+", overlap_check="all") as image:
             with pytest.raises(OSError) as refused:
@@ -381,3 +384,34 @@ def test_a_cluster_without_a_refcount_has_no_snapshot(tmp_path: Path, entry: int
     with qcow2x.open(path) as image:
         assert image.pread(512, 2 << 20) == b"c" * 512
     path.unlink()  # damaged
+
+
+@pytest.mark.not_for_qemu("a snapshot's disk is longer than its L1 table maps")
+@pytest.mark.parametrize("claimed", [1 << 30, (1 << 63) - 512])
+def test_a_disk_longer_than_its_l1_table(tmp_path: Path, claimed: int) -> None:
+    """What the table lacks is not allocated; and what no table can map is refused."""
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 96 << 10, cluster_size=1024)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(b"held", 0)
+        image.snapshots.create("before")
+    data = bytearray(path.read_bytes())
+    table = int.from_bytes(data[64:72], "big")
+    data[table + 48 : table + 56] = claimed.to_bytes(8, "big")
+    path.write_bytes(data)
+    with qcow2x.open(path, "r+") as image:
+        if claimed == 1 << 30:
+            with image.snapshots.open("before") as then:
+                assert then.pread(4, 0) == b"held"
+                assert then.pread(4096, claimed - 4096) == bytes(4096)
+            image.snapshots.apply("before")
+            assert image.size == claimed
+            assert image.pread(4, 0) == b"held"
+            return
+        with pytest.raises(qcow2x.CorruptImage, match=str(path)):
+            image.snapshots.open("before")
+        with pytest.raises(qcow2x.CorruptImage, match=str(path)):
+            image.snapshots.apply("before")
+        assert image.pread(4, 0) == b"held"
+    with pytest.raises(qcow2x.CorruptImage, match=str(path)):
+        qcow2x.open(path, snapshot="before")

@@ -7,6 +7,7 @@ MAX_COUNTER_BYTES: int
 class Checker:
     l1_tables: list[tuple[int, int, bool]]
     shared_l2: set[int]
+    shared_l1: set[int]
     missing_blocks: list[int]
     used_blocks: set[int]
     rt_shared: bool

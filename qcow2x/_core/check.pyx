@@ -122,6 +122,7 @@ cdef class Checker:
         self.phase = phase
         self.l1_tables = []
         self.shared_l2 = set()
+        self.shared_l1 = set()
         self.missing_blocks = []
         self.used_blocks = set()
         self.snapshot_names = {}
@@ -177,13 +178,20 @@ cdef class Checker:
 
     # Tables of the window that share their clusters with something else.
     cdef int note_shared_places(self) except -1:
-        cdef uint64_t i, host_cl, first = self.header.fields.rt_offset >> self.c.g.cluster_bits
+        cdef uint64_t i, host_cl, start, n, host_off
+        cdef uint64_t first = self.header.fields.rt_offset >> self.c.g.cluster_bits
         for i in range(self.c.n_l2_refs):
             host_cl = self.c.l2_refs[i].host_off >> self.c.g.cluster_bits
             if (in_window(&self.c, host_cl)
                     and get_count(&self.c, host_cl) != min(self.c.l2_refs[i].refs,
                                                            self.c.max_count)):
                 self.shared_l2.add(self.c.l2_refs[i].host_off)
+        for host_off, n, active in self.l1_tables:
+            start = host_off >> self.c.g.cluster_bits
+            for host_cl in range(start, start + ((n * 8 - 1) >> self.c.g.cluster_bits) + 1):
+                if (in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1
+                        and not active):
+                    self.shared_l1.add(host_off)
         for host_cl in range(first, first + self.header.fields.rt_clusters):
             if in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1:
                 self.rt_shared = True

@@ -43,7 +43,7 @@ from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, Fi
 from qcow2x._core.sync cimport *
 from qcow2x._core.vmstate cimport load_vmstate, save_vmstate, vmstate_at
 from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
-                                q2_load_be64, q2_store_be64)
+                                Q2_MAX_L1_BYTES, q2_load_be64, q2_store_be64)
 from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 from qcow2x.errors import CorruptImage
 
@@ -121,11 +121,16 @@ cdef class CoreImage(ImageState):
 
     cdef _load_l1(self):
         cdef uint64_t entries = self.header.fields.l1_size
+        # A snapshot's table may be shorter than its disk; what it lacks is not allocated.
+        cdef uint64_t needed = l1_entries_for(&self.geo, self.disk_size)
         cdef uint64_t i
         cdef q2_status st
         self.l1_size = <uint32_t>entries
         self.l1_offset = self.header.fields.l1_offset
-        self.l1 = <uint64_t *>calloc(entries + 1, 8)
+        if needed * 8 > Q2_MAX_L1_BYTES:
+            check_status(fail(Q2_E_CORRUPT, Q2_SITE_L1_READ, self.l1_offset,
+                              b"the disk is larger than any L1 table can map"), self.name)
+        self.l1 = <uint64_t *>calloc((needed if needed > entries else entries) + 1, 8)
         self.l1_dirty = <uint8_t *>calloc(((entries * 8) >> 9) + 1, 1)
         if self.l1 is NULL or self.l1_dirty is NULL:
             raise MemoryError(f"{self.name}: no memory for an L1 table of {entries} entries")

@@ -56,8 +56,10 @@ cdef class EntryFixer:
         self.take_zeros = take_zeros
 
     def fix(self):
-        for host_off, n, _ in self.looked.l1_tables:
-            self.fix_l1_table(host_off, n)
+        for host_off, n, active in self.looked.l1_tables:
+            # What else lies where a snapshot's table does may be the guest's: it is not written to.
+            if active or host_off not in self.looked.shared_l1:
+                self.fix_l1_table(host_off, n)
         self.fix_l2_tables()
 
     cdef int fix_l1_table(self, uint64_t host_off, uint64_t n) except -1:

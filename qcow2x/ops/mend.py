@@ -148,11 +148,12 @@ class Mender:
 
     # ---- snapshots ----
 
-    def mend_snapshot_table(self) -> None:
+    def mend_snapshot_table(self, looked: Checker) -> bool:
         """Writes the table anew where entries lack what version 3 requires (the disk's size is
         that of the active disk, as it is for readers that meet such an entry), have more extra
         data than any reader takes, or are so many that the table is too large. A snapshot whose
-        L1 table is that of the disk gets a copy: the disk's own changes in place."""
+        L1 table lies where something else does gets a copy: what the guest has there stays, and
+        the disk's own table changes in place. Returns whether anything had to change."""
         at = start = self._header.snapshots_offset
         entries: list[bytes] = []
         changed = False
@@ -175,20 +176,19 @@ class Mender:
             changed = changed or len(extra) < extra_bytes
             entry = entry[:36] + struct.pack(">I", len(extra)) + extra + names
             entry += bytes(-len(entry) % 8)
-            moved = self._parted_l1(*struct.unpack_from(">QI", entry))
+            moved = self._parted_l1(looked, *struct.unpack_from(">QI", entry))
             if moved is not None:
                 entry = struct.pack(">Q", moved) + entry[8:]
                 changed = True
             entries.append(entry)
-        if not changed:
-            return
-        place = self._space.put(b"".join(entries)) if entries else 0
-        self._overlay.write(STEP_LINK, struct.pack(">IQ", len(entries), place), _NB_SNAPSHOTS)
+        if changed:
+            place = self._space.put(b"".join(entries)) if entries else 0
+            self._overlay.write(STEP_LINK, struct.pack(">IQ", len(entries), place), _NB_SNAPSHOTS)
+        return changed
 
-    def _parted_l1(self, offset: int, n: int) -> int | None:
-        """Where a snapshot's L1 table went, if it lay where that of the disk does."""
-        active, nbytes = self._header.l1_offset, self._header.l1_size * 8
-        if not (offset < active + nbytes and active < offset + n * 8) or n * 8 > _MAX_L1_BYTES:
+    def _parted_l1(self, looked: Checker, offset: int, n: int) -> int | None:
+        """Where a snapshot's L1 table went, if it lay where something else does."""
+        if offset not in looked.shared_l1 or n * 8 > _MAX_L1_BYTES:
             return None
         return self._space.put(self._read(n * 8, offset))
 

@@ -1,4 +1,4 @@
-"""The tests and a soak under AddressSanitizer and UndefinedBehaviorSanitizer:
+"""The tests, a soak and the fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer:
 python -m campaigns.asan [--seconds N] [--seed N] [TEST ...]
 
 Half of the time goes to the tests, in an order that the seed gives, as many as there is time for;
@@ -47,7 +47,9 @@ def run_tests(
 def run_campaign(python: Path, name: str, seconds: float, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="qcow2x-asan-") as folder:
         told = Path(folder, "told.json")
-        command = [python, "-m", f"campaigns.{name}", f"--seconds={seconds}", f"--seed={seed}"]
+        # The fuzzer loads the build by itself.
+        runner = sys.executable if name == "fuzz" else python
+        command = [runner, "-m", f"campaigns.{name}", f"--seconds={seconds}", f"--seed={seed}"]
         status = subprocess.run([*map(str, command), f"--json={told}"], cwd=TESTS).returncode
         figures = json.loads(told.read_text()) if told.exists() else {}
     return {"status": status, **figures}
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 #: Each is also a command of its own, and takes the same options.
-CAMPAIGNS = ("soak",)
+CAMPAIGNS = ("soak", "fuzz")
 
 
 def _told(part: dict[str, Any]) -> str:
