@@ -344,8 +344,11 @@ def test_a_snapshot_whose_l1_table_cannot_be(
         image.snapshots.apply("good")
         image.snapshots.delete("good")
         assert [snapshot.name for snapshot in image.snapshots] == ["bad"]
-    # What is to be guarded but cannot be found stops every write.
     before = path.read_bytes()
+    with pytest.raises(error, match="Snapshot L1 table"):
+        qcow2x.amend(path, compat="0.10")
+    assert path.read_bytes() == before
+    # What is to be guarded but cannot be found stops every write.
     with pytest.raises(OSError) as caught:
         with qcow2x.open(path, "r+", overlap_check="all") as image:
             with pytest.raises(OSError) as refused:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2x.errors import UnsupportedFeature
 from qcow2x.ops.plainzeros import drop_zero_flags
+from qcow2x.snapshot import check_l1
 
 if TYPE_CHECKING:
     from qcow2x.image import Image
@@ -238,6 +239,9 @@ def _check(image: Image, wanted: _Wanted, keys: _Keys, final: int, final_order: 
 
 def _check_downgrade(image: Image, order: int) -> None:
     header = image._header
+    # All their tables will be walked, and changed.
+    for snapshot in image.snapshots:
+        check_l1(image.name, header, snapshot)
     features = header.incompatible_features & ~_INCOMPAT_DIRTY & ~_INCOMPAT_COMPRESSION
     for holds, what in (
         (order != 4, "compat=0.10 requires refcount_bits=16"),
