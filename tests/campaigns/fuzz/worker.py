@@ -69,6 +69,7 @@ class Worker:
         begun = [*seeds.make(self.folder).values(), *store.corpus().values()]
         for data in begun:
             self.execute(data, keep=False)
+            self.tell()
         self.pool = begun
 
     def execute(self, data: bytes, keep: bool = True) -> tuple[list[str], int]:
