@@ -11,7 +11,19 @@ from qcow2x._core.storage cimport q2_extent
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil
 
-# No lock held. The same for a range past the end of the disk, where the state of a machine is kept:
+# One of several reads that are served together.
+cdef struct q2_wanted:
+    void *buf
+    size_t nbytes
+    uint64_t guest_off
+
+# No lock held. All of them, each inside the disk. What lies in a file is read many at a time, by
+# io_uring or by threads; what is compressed, encrypted, in a backing file or in a Python storage
+# one after another. The first failure in their order is the answer; what of the others was read
+# is not said.
+cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noexcept nogil
+
+# No lock held. The same as read_guest for a range past the end of the disk, where the state of a machine is kept:
 # what is not mapped there is zeros, whatever the backing file has.
 cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
                             uint64_t guest_off) noexcept nogil

@@ -89,6 +89,7 @@ cdef class ImageState(Storage):
     cdef Header header
     cdef Storage file               # metadata, and data too unless data is another
     cdef Storage data               # guest data: the same as file without an external data file
+    cdef bint data_is_file          # data is a FileStorage, and no subclass of it
     cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size

@@ -1,0 +1,161 @@
+/* Many reads of files at once: by io_uring where the kernel lets us (containers often do not), else by
+ * threads. Any thread. For one unit of the core: it has state of its own. */
+#ifndef QCOW2X_READMANY_H
+#define QCOW2X_READMANY_H
+
+#include <errno.h>
+#include <liburing.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "pool.h"
+
+#define Q2_RING_DEPTH 64
+#define Q2_READ_THREADS 16
+
+typedef struct q2_read {
+    void *buf;
+    size_t nbytes; /* below 2 GiB */
+    uint64_t off;
+    int fd;
+    int64_t got; /* bytes, or a negative errno, as the system call says it; short is possible */
+} q2_read;
+
+typedef struct q2_ring {
+    struct io_uring uring;
+    pid_t owner;
+} q2_ring;
+
+static q2_pool q2_rings;
+static pthread_once_t q2_rings_once = PTHREAD_ONCE_INIT;
+static int q2_no_rings; /* the kernel refused one; atomic */
+
+static inline void q2_rings_init(void)
+{
+    q2_pool_init(&q2_rings, 8);
+}
+
+static inline q2_ring *q2_ring_take(void)
+{
+    q2_ring *ring;
+    int rc;
+    if (__atomic_load_n(&q2_no_rings, __ATOMIC_RELAXED))
+        return NULL;
+    pthread_once(&q2_rings_once, q2_rings_init);
+    while ((ring = q2_pool_take(&q2_rings)) != NULL) {
+        if (ring->owner == getpid())
+            return ring;
+        /* Made before a fork: the other process goes on with it. */
+        free(ring);
+    }
+    ring = malloc(sizeof(*ring));
+    if (ring == NULL)
+        return NULL;
+    ring->owner = getpid();
+    rc = io_uring_queue_init(Q2_RING_DEPTH, &ring->uring, 0);
+    if (rc == 0) {
+        /* A child has no use for it, and must not share it. */
+        if (io_uring_ring_dontfork(&ring->uring) == 0)
+            return ring;
+        io_uring_queue_exit(&ring->uring);
+    } else if (rc == -ENOSYS || rc == -EPERM) {
+        __atomic_store_n(&q2_no_rings, 1, __ATOMIC_RELAXED);
+    }
+    free(ring);
+    return NULL;
+}
+
+static inline void q2_ring_give(q2_ring *ring, int usable)
+{
+    if (usable && q2_pool_give(&q2_rings, ring))
+        return;
+    io_uring_queue_exit(&ring->uring);
+    free(ring);
+}
+
+/* Returns with nothing under way, so that the buffers are the caller's again. */
+static inline void q2_read_by_ring(q2_ring *ring, q2_read *r, size_t n)
+{
+    size_t queued = 0, submitted = 0, completed = 0;
+    int usable = 1;
+    while (completed < n) {
+        struct io_uring_cqe *cqe;
+        struct io_uring_sqe *sqe;
+        int rc;
+        while (usable && queued < n && queued - completed < Q2_RING_DEPTH &&
+               (sqe = io_uring_get_sqe(&ring->uring)) != NULL) {
+            io_uring_prep_read(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
+                               r[queued].off);
+            io_uring_sqe_set_data(sqe, &r[queued]);
+            queued++;
+        }
+        if (usable) {
+            rc = io_uring_submit_and_wait(&ring->uring, 1);
+            if (rc >= 0)
+                submitted += (size_t)rc;
+            else if (rc != -EINTR && rc != -EAGAIN && rc != -EBUSY)
+                usable = 0; /* what it has taken still has to be waited for */
+        }
+        if (!usable) {
+            if (submitted == completed)
+                break;
+            rc = io_uring_wait_cqe(&ring->uring, &cqe);
+            if (rc < 0)
+                usleep(1000); /* not to be left: the kernel writes to the buffers */
+        }
+        while (io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
+            ((q2_read *)io_uring_cqe_get_data(cqe))->got = cqe->res;
+            io_uring_cqe_seen(&ring->uring, cqe);
+            completed++;
+        }
+    }
+    q2_ring_give(ring, usable);
+}
+
+typedef struct q2_read_share {
+    q2_read *r;
+    size_t n;
+    size_t next; /* atomic */
+} q2_read_share;
+
+static inline void *q2_read_some(void *share_)
+{
+    q2_read_share *share = share_;
+    size_t i;
+    while ((i = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->n) {
+        q2_read *r = &share->r[i];
+        ssize_t got = pread(r->fd, r->buf, r->nbytes, (off_t)r->off);
+        r->got = got < 0 ? -errno : got;
+    }
+    return NULL;
+}
+
+static inline void q2_read_by_threads(q2_read *r, size_t n)
+{
+    q2_read_share share = {r, n, 0};
+    pthread_t thread[Q2_READ_THREADS];
+    size_t started = 0;
+    while (started < Q2_READ_THREADS && started + 1 < n &&
+           pthread_create(&thread[started], NULL, q2_read_some, &share) == 0)
+        started++;
+    q2_read_some(&share);
+    while (started > 0)
+        pthread_join(thread[--started], NULL);
+}
+
+/* All of them, in any order; got of each says how it went. */
+static inline void q2_read_many(q2_read *r, size_t n)
+{
+    q2_ring *ring = n > 1 ? q2_ring_take() : NULL;
+    size_t i;
+    for (i = 0; i < n; i++)
+        r[i].got = -ECANCELED;
+    if (ring != NULL)
+        q2_read_by_ring(ring, r, n);
+    else
+        q2_read_by_threads(r, n);
+}
+
+#endif
