@@ -3,7 +3,9 @@ that, from the disk (O_DIRECT). Through a chain of overlays, and of compressed c
 
 from __future__ import annotations
 
+import mmap
 import os
+import time
 
 import pytest
 from loads import many_at_once, side_by_side
@@ -158,3 +160,37 @@ def bench_read_compressed(disks, versus, nbytes):
             requests=load.count,
             tags={"work": "read compressed", "plot": "read"},
         )
+
+
+@pytest.mark.parametrize("cache", ["none"], indirect=True)
+def bench_read_many(disks, versus, folder, cache):
+    """32 requests in each call of preadv_many, beside 32 threads on a raw file."""
+    raw, path, _ = disks
+    load = Load.scattered(4 * KIB, 2_048, SIZE)
+    buffers = [memoryview(mmap.mmap(-1, load.nbytes)) for _ in range(32)]
+    batches = [
+        list(zip(buffers, load.offsets[at : at + 32], strict=True))
+        for at in range(0, load.count, 32)
+    ]
+    for disk in (raw, path):
+        race.make_cold(disk)
+    fd = race.open_raw(raw, cache)
+    aio = race.fastest_qemu_aio(folder, cache)
+    with qcow2x.open(path, cache=cache) as image:
+
+        def one_round():
+            start = time.perf_counter()
+            for batch in batches:
+                image.preadv_many(batch)
+            ours = time.perf_counter() - start
+            theirs = many_at_once(load, lambda buf, off: os.preadv(fd, [buf], off), 32)
+            qemu = race.time_qemu(load, path, cache, write=False, aio=aio, depth=32)
+            return {OURS: ours, RAW: theirs, QEMU: qemu}
+
+        versus(
+            "read 4 KiB scattered, O_DIRECT, preadv_many of 32",
+            one_round,
+            requests=load.count,
+            tags={"work": "read many", "plot": "read"},
+        )
+    os.close(fd)
