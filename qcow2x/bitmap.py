@@ -229,6 +229,12 @@ def _guard(image: Image, directory: Directory) -> None:
         image._guard(_HOLDS_FIXED, entry.table_offset, entry.table_entries * 8)
 
 
+def guard(image: Image) -> None:
+    """What the core guards was forgotten, and the bitmaps are where they were."""
+    if image._bitmaps.entries:
+        _guard(image, image._bitmaps)
+
+
 def _follow(image: Image) -> None:
     """From now on writes are tracked for the bitmaps, which are valid in the file; frozen."""
     found = image._bitmaps

@@ -470,6 +470,20 @@ class Image(CoreImage):
                     _snapshot.guard_tables(self, self._guard_all)
                     _bitmap.begin(self)
 
+    def _finish_half_done(self) -> None:
+        """After lack of room in the middle of a snapshot's step, which made the image refuse writes:
+        does what the next opening would do, and writes go on. Raises what the file raises, and may
+        be called again then."""
+        from qcow2x.ops.check import rebuild_refcounts
+
+        rebuild_refcounts(self._file, self._reread_header())
+        header = self._reread_header()
+        self._reload(header)
+        self._header.extensions = header.extensions
+        _snapshot.guard_tables(self, self._guard_all)
+        _bitmap.guard(self)
+        self._revive()
+
     def _reread_header(self) -> Header:
         return _load_header(self._file)
 

@@ -309,6 +309,7 @@ class Snapshots(Sequence[Snapshot]):
             with (
                 self._reserved(made.l1_size * 8, made.l1_offset),
                 self._reserved(len(encoded_table)) as table_off,
+                self._step(),
             ):
                 image._snapshot_create(made.l1_offset, encoded_table, table_off, len(table), old)
             # The old table's clusters become free with the flush.
@@ -326,7 +327,7 @@ class Snapshots(Sequence[Snapshot]):
             old = (image._header.snapshots_offset, _bytes_in_file(table))
             table.remove(gone)
             encoded_table = self._encode(table)
-            with self._reserved(len(encoded_table)) as table_off:
+            with self._reserved(len(encoded_table)) as table_off, self._step():
                 image._snapshot_delete(
                     gone.l1_offset, gone.l1_size, encoded_table, table_off, len(table), old
                 )
@@ -339,7 +340,7 @@ class Snapshots(Sequence[Snapshot]):
             return
         old = (image._header.snapshots_offset, _bytes_in_file(table))
         encoded_table = encode_table(table, 3)
-        with self._reserved(len(encoded_table)) as table_off:
+        with self._reserved(len(encoded_table)) as table_off, self._step():
             # As if a snapshot that holds nothing were deleted.
             image._snapshot_delete(0, 0, encoded_table, table_off, len(table), old)
 
@@ -358,7 +359,7 @@ class Snapshots(Sequence[Snapshot]):
                     f"{image.name}: snapshot {key!r} says that its disk has {wanted.disk_size} "
                     "bytes, which no L1 table can map"
                 )
-            with self._reserved(entries * 8) as l1_off:
+            with self._reserved(entries * 8) as l1_off, self._step():
                 image._snapshot_apply(
                     wanted.l1_offset, wanted.l1_size, l1_off, entries, wanted.disk_size
                 )
@@ -425,6 +426,20 @@ class Snapshots(Sequence[Snapshot]):
     def _need_writable(self) -> None:
         if not self._image.writable:
             raise PermissionError(f"{self._image.name}: is open read-only")
+        if self._image._half_done:
+            self._image._finish_half_done()
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Lack of room in the middle is mended at once if there is room for that; else with the next
+        change of the snapshots."""
+        try:
+            yield
+        except OSError:
+            if self._image._half_done:
+                with suppress(OSError):
+                    self._image._finish_half_done()
+            raise
 
 
 def differences(a: Image, b: Image) -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,3 +199,22 @@ def test_leaving_a_with_block_tells_what_went_wrong_first(folder: Path) -> None:
     ):
         fails(node, errno.EIO)
         raise KeyError
+
+
+def test_the_image_hears_of_data_in_another_file(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, 1 << 20, data_file=tmp_path / "data")
+    for kind, at in (("write_aio", 0), ("read_aio", 0)):
+        options = {
+            "driver": "qcow2",
+            "file": {
+                "driver": "blkdebug",
+                "image": {"driver": "file", "filename": str(path)},
+                "set-state": [{"event": kind, "new_state": 2}],
+                "inject-error": [{"event": kind, "state": 2, "errno": 5}],
+            },
+        }
+        with open_node(options, writable=True) as node:
+            (node.pwrite(b"x", at) if kind == "write_aio" else node.pread(1, at))
+            rules: Any = node.children["file"]
+            assert rules.rules._state == 2

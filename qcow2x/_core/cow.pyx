@@ -93,6 +93,8 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
         if is_encrypted(img):
             st = write_encrypted(img, site, iov, n, host_off, cow.head_off, WRITE_DEFERRED)
         elif n:
+            if img.file.listens and img.data is not img.file:
+                img.file.reach(site)
             st = img.data.writev_at(site, iov, n, host_off, WRITE_DEFERRED)
     scratch_give(head.scratch, head.nbytes)
     scratch_give(tail.scratch, tail.nbytes)

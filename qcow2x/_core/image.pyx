@@ -34,9 +34,9 @@ from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
                                     q2_table, release_clusters, reserve_clusters)
 from qcow2x._core.marks cimport q2_marks
-from qcow2x._core.state cimport (begin_request, freeze, is_encrypted, leave_request, may_write,
-                                 poison_unless_full, refuse_unguarded, thaw,
-                                 wake_bitmaps)
+from qcow2x._core.state cimport (begin_request, drain_requests, freeze, is_encrypted,
+                                 leave_request, may_write, poison_unless_full,
+                                 refuse_unguarded, runs_clear, thaw, wake_bitmaps)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
@@ -521,11 +521,12 @@ cdef class CoreImage(ImageState):
         hold is then no longer guarded."""
         cdef uint64_t entries = header.fields.l1_size
         cdef uint64_t *l1 = <uint64_t *>calloc(entries + 1, 8)
+        cdef uint8_t *dirty = <uint8_t *>calloc((entries * 8 >> 9) + 1, 1)
         cdef uint64_t *rt = NULL
         cdef uint64_t i, host_size = 0
         cdef uint8_t head[512]
         cdef q2_status st = Q2_OK
-        if l1 is NULL or entries != self.l1_size:
+        if l1 is NULL or dirty is NULL:
             st = fail(Q2_E_NOMEM, Q2_SITE_L1_READ, 0, b"no memory for the L1 table")
         with nogil:
             if st == Q2_OK:
@@ -540,6 +541,10 @@ cdef class CoreImage(ImageState):
                 pthread_mutex_lock(&self.commit)
                 pthread_rwlock_wrlock(&self.meta)
                 self.l1, l1 = l1, self.l1
+                self.l1_dirty, dirty = dirty, self.l1_dirty
+                self.l1_is_dirty = False
+                self.l1_size = <uint32_t>entries
+                self.disk_size = header.fields.size
                 self.rt, rt = rt, self.rt
                 self.rt_entries = (<uint64_t>header.fields.rt_clusters
                                    << self.geo.cluster_bits) >> 3
@@ -557,9 +562,29 @@ cdef class CoreImage(ImageState):
                 pthread_rwlock_unlock(&self.meta)
                 pthread_mutex_unlock(&self.commit)
         free(l1)
+        free(dirty)
         free(rt)
         check_status(st, self.name)
         self.header.extensions = header.extensions
+
+    @property
+    def _half_done(self):
+        """A snapshot's step lacked room in the middle, and refcounts are to be made anew."""
+        return self.half_done
+
+    def _revive(self):
+        """They have been, and what is in memory was read again: writes may go on."""
+        with nogil:
+            pthread_rwlock_wrlock(&self.meta)
+            # The new refcounts call free what waited to become that.
+            runs_clear(&self.dropped)
+            runs_clear(&self.limbo[0])
+            runs_clear(&self.limbo[1])
+            pthread_rwlock_unlock(&self.meta)
+            # Who still reads by an old mapping must not meet what is written from now on.
+            drain_requests(self)
+            self.half_done = False
+            q2_store(&self.broken, 0)
 
     # ---- Internal snapshots: the tables are made by qcow2x/snapshot.py ---------------------------
 

@@ -111,6 +111,8 @@ cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) n
         if is_encrypted(img):
             return read_encrypted(img, Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off,
                                   ext.guest_off)
+        if img.file.listens and img.data is not img.file:
+            img.file.reach(Q2_SITE_DATA_READ)
         return img.data.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
     if ext.kind == Q2_KIND_COMPRESSED:
         return read_compressed(img, ext, buf)

@@ -3,7 +3,8 @@
 
 Each is a sequence of steps with a barrier between any two whose order matters, written out below in
 that order. What fails before the first refcount was changed leaves the image as it was; what fails
-later poisons it, with the dirty bit set on disk.
+later poisons it, with the dirty bit set on disk. After lack of room that is not for good: made anew
+from the tables, refcounts and flags are right whichever step was the last.
 """
 from libc.stdint cimport int32_t
 from libc.stdlib cimport calloc, free, qsort
@@ -12,7 +13,7 @@ from libc.string cimport memcpy, memset
 from qcow2x._core.alloc cimport alloc_contiguous
 from qcow2x._core.cache cimport cache_forget_all
 from qcow2x._core.edges cimport *
-from qcow2x._core.errors cimport fail
+from qcow2x._core.errors cimport fail, lacked_room
 from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_SNAPSHOT_L1, guard_image, guard_remove,
                                    guard_table)
@@ -265,9 +266,10 @@ cdef void finish(ImageState img) noexcept nogil:
 
 
 # After a step failed: with nothing changed yet the image goes on as if nothing had been asked of it,
-# else what is on disk is for the repair at the next opening.
+# else what is on disk is for a repair: that of the next opening, or if only room was lacking one now.
 cdef q2_status give_up(ImageState img, bint changed, q2_status why) noexcept nogil:
     if changed:
+        img.half_done = lacked_room(why)
         q2_store(&img.broken, 1)
     elif not q2_load(&img.broken):
         write_dirty(img, False)

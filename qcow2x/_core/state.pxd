@@ -124,6 +124,8 @@ cdef class ImageState(Storage):
     cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
     cdef uint64_t epoch
     cdef bint frozen                # writers wait outside: a snapshot is being made
+    cdef bint half_done             # and lacked room in the middle: poisoned until refcounts and
+                                    # COPIED flags are made anew (Image._finish_half_done)
 
     # Persistent bitmaps; exchanged while writers are frozen.
     cdef q2_marks marks             # changed since the bitmaps were last stored

@@ -452,6 +452,8 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
             st = write_encrypted(img, Q2_SITE_DATA_WRITE, &part, 1, plan.extent[i].host_off,
                                  plan.extent[i].guest_off, flags)
         else:
+            if img.file.listens and img.data is not img.file:
+                img.file.reach(Q2_SITE_DATA_WRITE)
             st = img.data.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
                                    plan.extent[i].host_off, flags)
         if st != Q2_OK:

@@ -35,9 +35,6 @@ class Verb(NamedTuple):
     whole: bool = False
     #: Whether the image has a bitmap; one with bitmaps cannot shrink.
     bitmap: bool = True
-    #: Whether the object takes writes again after lack of room. What changes refcounts in place for
-    #: a snapshot cannot be gone back on half-way: opening the image anew mends it.
-    resumes: bool = True
 
 
 class Kind(NamedTuple):
@@ -75,9 +72,9 @@ VERBS: dict[str, Verb] = {
     "resize, growing": Verb(lambda image: image.resize(3 * SIZE), whole=True),
     "resize, preallocating": Verb(lambda image: image.resize(2 * SIZE, preallocation="metadata")),
     "resize, shrinking": Verb(lambda image: image.resize(20 * KiB, shrink=True), bitmap=False),
-    "snapshot create": Verb(lambda image: image.snapshots.create("new"), whole=True, resumes=False),
-    "snapshot apply": Verb(lambda image: image.snapshots.apply("old"), whole=True, resumes=False),
-    "snapshot delete": Verb(lambda image: image.snapshots.delete("old"), whole=True, resumes=False),
+    "snapshot create": Verb(lambda image: image.snapshots.create("new"), whole=True),
+    "snapshot apply": Verb(lambda image: image.snapshots.apply("old"), whole=True),
+    "snapshot delete": Verb(lambda image: image.snapshots.delete("old"), whole=True),
     "bitmap add": Verb(lambda image: image.bitmaps.add("new", 4096), whole=True),
     "bitmap clear": Verb(lambda image: image.bitmaps.clear("mine"), whole=True),
     "bitmap remove": Verb(lambda image: image.bitmaps.remove("mine"), whole=True),
@@ -200,7 +197,7 @@ def _goes_on(image: qcow2x.Image, verb: Verb, kind: Kind, before: Any, after: An
         verb.do(image)
         image.flush()
     except ImageBroken:
-        if kind.error == errno.ENOSPC and verb.resumes:
+        if kind.error == errno.ENOSPC:
             raise Broken("lack of room made it refuse writes for good") from None
         return "refuses writes from then on"
     except (LookupError, ValueError):

@@ -16,7 +16,7 @@ from campaigns import sanitizer
 from campaigns.fuzz import store
 
 #: Seconds without a word from a worker, after which it hangs.
-HANG = 240
+HANG = 400
 WRONG = store.FOUND / "wrong"
 
 

@@ -22,9 +22,10 @@ _WIDE = {
 _OFFSET_MASK = 0x00FFFFFFFFFFFE00
 _LARGEST = 4 << 20
 _BITMAPS, _CRYPTO = 0x23852875, 0x0537BE77
-#: Offset and width of what a LUKS header has ahead of its slots, and of what is in each of eight.
-_LUKS_FIELDS = ((0, 4), (6, 2), (8, 8), (40, 8), (72, 8), (104, 4), (108, 4), (164, 4))
-_SLOT_FIELDS = ((0, 4), (4, 4), (40, 4), (44, 4))
+#: Offset and width of what a LUKS header has ahead of its slots, and of what is in each of eight;
+#: but for the numbers of iterations, as a run would do nothing but compute keys.
+_LUKS_FIELDS = ((0, 4), (6, 2), (8, 8), (40, 8), (72, 8), (104, 4), (108, 4))
+_SLOT_FIELDS = ((0, 4), (40, 4), (44, 4))
 
 
 class Field(NamedTuple):

@@ -197,9 +197,7 @@ class Use:
             opts += ",encrypt.key-secret=key"
         command = ["qemu-img", "check", "-U", "--object", f"secret,id=key,data={KEY}"]
         try:
-            done = subprocess.run(
-                [*command, "--image-opts", opts], capture_output=True, timeout=60
-            )
+            done = subprocess.run([*command, "--image-opts", opts], capture_output=True, timeout=60)
         except subprocess.TimeoutExpired:
             return
         self.asked = True

@@ -16,10 +16,9 @@ from pathlib import Path
 from campaigns.fuzz import seeds, store
 from campaigns.fuzz.mutate import mutate
 from campaigns.fuzz.target import Use
-from qcow2x._core import luks
 
-#: Seconds of a processor that one image may take.
-CPU_LIMIT = 30
+#: Seconds of a processor that one image may take: what a passphrase may cost, and some.
+CPU_LIMIT = 240
 #: Bytes that the process may grow by while it uses an image; the sanitizer's own are among them.
 MEMORY = 512 << 20
 #: Of the images, one in so many is shown to qemu-img.
@@ -59,8 +58,6 @@ class Worker:
     in ``folder`` as ``under-way``, and it answers each line of JSON with one."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        # What one slot costs is bounded by two minutes of PBKDF2; here by little.
-        luks.MAX_ITERATIONS = 1 << 13
         self.folder = folder
         self.rng = random.Random(f"fuzz {seed}")
         self.coverage = Coverage()
@@ -72,6 +69,7 @@ class Worker:
         begun = [*seeds.make(self.folder).values(), *store.corpus().values()]
         for data in begun:
             self.execute(data, keep=False)
+            self.tell()
         self.pool = begun
 
     def execute(self, data: bytes, keep: bool = True) -> tuple[list[str], int]:
