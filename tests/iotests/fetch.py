@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Fetch the part of QEMU's source that holds its test suite, as a Debian source package.
+"""Fetch the part of QEMU's source that holds its test suite, as a Debian source package; and the
+qemu-nbd of that version, which some tests need besides our programs.
 
     fetch.py [--into DIR] [--mirror URI]
 
@@ -48,6 +49,32 @@ def check_source(source: Path) -> Path:
     return suite
 
 
+def fetch_nbd(into: Path = CACHE, mirror: str | None = None) -> Path:
+    """qemu-nbd of the suite's version, with all that it is linked with in a folder of its own, as the
+    release that it is built for may be newer than this machine's. Raises FetchError."""
+    root = into / f"programs-{VERSION}"
+    if not root.is_dir():
+        partial = root.with_name(root.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for package in _download_programs(into / "apt-programs", mirror or _own_mirror()):
+            subprocess.run(["dpkg-deb", "--extract", package, partial], check=True)
+        shutil.rmtree(into / "apt-programs")
+        loaders = sorted(partial.glob("usr/lib/*/ld-linux*.so.*"))
+        if not loaders or not (partial / "usr/bin/qemu-nbd").is_file():
+            raise FetchError(f"Debian {RELEASE} has no qemu-nbd for this machine")
+        libraries = root / loaders[0].parent.relative_to(partial)
+        start = partial / "qemu-nbd"
+        start.write_text(
+            "#!/bin/sh\n"
+            f'exec "{libraries / loaders[0].name}" --argv0 "$0" --library-path "{libraries}" '
+            f'"{root}/usr/bin/qemu-nbd" "$@"\n'
+        )
+        start.chmod(0o755)
+        os.replace(partial, root)
+    return root / "qemu-nbd"
+
+
 def _own_mirror() -> str:
     """The mirror from which this machine has its own Debian packages."""
     if not shutil.which("apt-get"):
@@ -75,18 +102,36 @@ def _os_release() -> dict[str, str]:
 
 
 def _download(apt: Path, mirror: str) -> Path:
-    """Let apt fetch the source package, with lists of its own; returns the tarball."""
+    """Let apt fetch the source package; returns the tarball."""
+    _run_apt(apt, mirror, "deb-src", ["source", "--download-only", "qemu"])
+    tarballs = sorted((apt / "packages").glob(f"qemu_{VERSION}.*.orig.tar.*"))
+    if not tarballs:
+        raise FetchError(_advice(f"Debian {RELEASE} has no QEMU {VERSION} any more"))
+    return tarballs[-1]
+
+
+def _download_programs(apt: Path, mirror: str) -> list[Path]:
+    """Let apt fetch QEMU's tools and every package that they need."""
+    wanted = ["--no-install-recommends", "--download-only", "-y", "install", "qemu-utils"]
+    _run_apt(apt, mirror, "deb", wanted)
+    return sorted((apt / "archives").glob("*.deb"))
+
+
+def _run_apt(apt: Path, mirror: str, kind: str, command: list[str]) -> None:
+    """Let apt do something in the suite's release, with lists of its own and nothing installed."""
     for folder in ("lists/partial", "archives/partial", "packages"):
         (apt / folder).mkdir(parents=True, exist_ok=True)
     sources = apt / "debian.sources"
-    entry = ["Types: deb-src", f"URIs: {mirror}", f"Suites: {RELEASE}", "Components: main"]
+    entry = [f"Types: {kind}", f"URIs: {mirror}", f"Suites: {RELEASE}", "Components: main"]
     if KEYRING.exists():
         entry.append(f"Signed-By: {KEYRING}")
     sources.write_text("\n".join(entry) + "\n")
+    (apt / "status").touch()
     settings = {
         "Dir::Etc::sourcelist": sources,
         "Dir::Etc::sourceparts": "-",
         "Dir::State::lists": apt / "lists",
+        "Dir::State::status": apt / "status",
         "Dir::Cache": apt,
         # The folder may be one that only this user may enter.
         "APT::Sandbox::User": "root",
@@ -94,10 +139,10 @@ def _download(apt: Path, mirror: str) -> Path:
         "Acquire::Languages": "none",
     }
     options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
-    for command in (["update", "--error-on=any"], ["source", "--download-only", "qemu"]):
-        print("apt-get", *command, f"({RELEASE}, {mirror})", file=sys.stderr, flush=True)
+    for words in (["update", "--error-on=any"], command):
+        print("apt-get", *words, f"({RELEASE}, {mirror})", file=sys.stderr, flush=True)
         done = subprocess.run(
-            ["apt-get", "-q", *options, *command],
+            ["apt-get", "-q", *options, *words],
             cwd=apt / "packages",
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,11 +151,7 @@ def _download(apt: Path, mirror: str) -> Path:
         )
         if done.returncode:
             sys.stderr.write(done.stdout)
-            raise FetchError(_advice(f"apt-get {command[0]} failed (is there a network?)"))
-    tarballs = sorted((apt / "packages").glob(f"qemu_{VERSION}.*.orig.tar.*"))
-    if not tarballs:
-        raise FetchError(_advice(f"Debian {RELEASE} has no QEMU {VERSION} any more"))
-    return tarballs[-1]
+            raise FetchError(_advice(f"apt-get {words[0]} failed (is there a network?)"))
 
 
 def _unpack(tarball: Path, source: Path) -> None:

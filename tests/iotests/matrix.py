@@ -18,7 +18,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from fetch import CACHE, FetchError, check_source, fetch
-from run import Log, arguments, read_expected
+from run import Log, arguments, nbd_of_the_suite, read_expected
 from suite import HERE, Outcome, Programs, Suite
 
 #: What QEMU's developers run the suite with, besides nothing.
@@ -83,7 +83,8 @@ def main() -> int:
     whose = "system" if args.record else "ours"
     try:
         folder = check_source(args.source or fetch())
-        programs = Programs(CACHE / f"programs-{whose}", whose, whose)
+        nbd = None if args.record else nbd_of_the_suite()
+        programs = Programs(CACHE / f"programs-{whose}", whose, whose, nbd)
     except (FetchError, OSError) as exc:
         print(f"matrix.py: {exc}", file=sys.stderr)
         return 1

@@ -43,12 +43,12 @@ class Outcome:
 class Programs:
     """The programs under test, put into a folder under QEMU's names."""
 
-    def __init__(self, folder: Path, img: str, io: str) -> None:
+    def __init__(self, folder: Path, img: str, io: str, nbd: Path | None = None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.img = self._place(folder / "qemu-img", img, "qcow2x-img", "qcow2x.cli.img")
         self.io = self._place(folder / "qemu-io", io, "qcow2x-io", "qcow2x.cli.io")
-        self.nbd = _find("qemu-nbd")
+        self.nbd = nbd or _find("qemu-nbd")
         # The suite finds out the architecture from the name.
         self.emulator = folder / f"qemu-system-{os.uname().machine}"
         self.emulator.symlink_to(STUB)
