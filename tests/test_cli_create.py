@@ -30,6 +30,8 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["-f", "qcow2", "-b", "base,1.qcow2", "-F", "raw", "x.img", "7M"],
         ["-f", "qcow2", "-o", "backing_file=base,,1.qcow2,backing_fmt=qcow2", "x.img"],
         ["-f", "qcow2", "-u", "-b", "missing", "-F", "raw", "x.img", "5M"],
+        ["-f", "qcow2", "-o", "data_file=file:plain.raw", "x.img", "5M"],
+        ["-f", "qcow2", "-o", "data_file=file:a:b.raw", "x.img", "5M"],
         ["-f", "raw", "x.img", "10M"],
         ["x.img", "1000"],
         ["-f", "raw", "-o", "preallocation=full", "x.img", "1M"],

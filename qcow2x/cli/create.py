@@ -253,7 +253,7 @@ def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[s
         "compression_type": options.text("compression_type"),
         "backing_file": options.text("backing_file"),
         "backing_format": options.text("backing_fmt"),
-        "data_file": options.text("data_file"),
+        "data_file": _without_protocol(options.text("data_file")),
         "preallocation": options.text("preallocation") or "off",
     }
     compat = options.text("compat") or "1.1"
@@ -270,6 +270,15 @@ def qcow2_arguments(options: FormatOptions, secrets: dict[str, bytes]) -> dict[s
     elif any(name.startswith("encrypt.") for name in options.given()):
         raise CommandError("Parameter 'encrypt.format' is missing")
     return arguments
+
+
+def _without_protocol(name: str | None) -> str | None:
+    """The path that a name with or without ``file:`` stands for, in a form that is not taken for a
+    protocol when it is read again."""
+    if name is None or not name.startswith("file:"):
+        return name
+    path = name.removeprefix("file:")
+    return f"./{path}" if ":" in path.split("/", 1)[0] else path
 
 
 def encryption_of(
