@@ -221,7 +221,9 @@ def guard_tables(image: Image, every_l2: bool) -> None:
             check_l1(image.name, header, entry)
         except (FormatError, CorruptImage) as exc:
             if every_l2:
-                image._refuse_writes(_errno.EFBIG if isinstance(exc, FormatError) else _errno.EINVAL)
+                image._refuse_writes(
+                    _errno.EFBIG if isinstance(exc, FormatError) else _errno.EINVAL
+                )
             continue
         image._guard(_HOLDS_SNAPSHOT_L1, entry.l1_offset, entry.l1_size * 8)
         if every_l2:
