@@ -19,8 +19,8 @@ MODES = ("writeback", "none", "writethrough", "directsync")
 COUNTS = {
     "writeback": {4 * KIB: 8000, 64 * KIB: 2000, MIB: 200},
     "none": {4 * KIB: 600, 64 * KIB: 500, MIB: 100},
-    "writethrough": {4 * KIB: 200, 64 * KIB: 200, MIB: 50},
-    "directsync": {4 * KIB: 300, 64 * KIB: 200, MIB: 50},
+    "writethrough": {4 * KIB: 600, 64 * KIB: 600, MIB: 50},
+    "directsync": {4 * KIB: 1000, 64 * KIB: 600, MIB: 50},
 }
 #: Each scattered request makes a fragment of its own in a file that grows, which file systems are slow
 #: to remove.

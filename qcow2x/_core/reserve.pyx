@@ -22,6 +22,9 @@ cdef enum:
     # Clusters by which a write may miss the place where its stream was to go on: requests that are in
     # flight together come in any order.
     SLACK = 8
+    # Up to this cluster size a scattered 4 KiB write is better off in blocks that were written with
+    # zeros (1.03 to 1.12 times a raw file's time, directsync, 64 KiB) than in a hole (1.27 to 1.33).
+    WRITTEN_CLUSTER = 64 << 10
 
 
 cdef void init_growth(ImageState img, bint wanted) noexcept nogil:
@@ -195,8 +198,7 @@ cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint
         if g.filling:
             return Q2_BUSY
         g.ask = n + more
-        # The first one too: nobody can tell yet who will write on.
-        g.ask_written = stream is not NULL or g.step == clusters_in(img, LEAST_BYTES)
+        g.ask_written = stream is not NULL or img.geo.cluster_size <= WRITTEN_CLUSTER
         miss[0] = MISSING_RESERVE
         return Q2_MISS
     if more and g.promised + 1 >= GROWTH_STREAMS:
