@@ -177,6 +177,20 @@ def growth_over_left_over(rng: random.Random) -> Case:
     )
 
 
+def growth_into_holes(rng: random.Random) -> Case:
+    """Clusters so large that a reserve for scattered writes is a hole in the file."""
+    return _guest_case(
+        rng,
+        {"write": 6, "append": 1, "zero": 1, "flush": 1},
+        steps=16,
+        size=2048 * KiB,
+        filled=0.0,
+        shapes=("512",),
+        growth="ahead",
+        cluster_size=128 * KiB,
+    )
+
+
 def growth_of_refcounts(rng: random.Random) -> Case:
     """A new refcount block now and then, or past the end of the first refcount table, at 2 MiB."""
     weights = {"append": 3, "write": 4, "flush": 1}
@@ -778,6 +792,7 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth": growth,
     "growth, reserved and linked ahead": growth_ahead,
     "growth, over what was there before": growth_over_left_over,
+    "growth, reserved as holes": growth_into_holes,
     "growth of refcount blocks and table": growth_of_refcounts,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
