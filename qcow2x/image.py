@@ -301,7 +301,7 @@ class _Opener:
 
 
 def _load_header(storage: Storage) -> Header:
-    return Header.load(storage.pread, _disk_bytes(storage), storage.name)
+    return Header.load(storage.pread, lambda: _disk_bytes(storage), storage.name)
 
 
 def _refuse_unsupported(header: Header, name: str, writable: bool) -> None:

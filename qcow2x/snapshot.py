@@ -245,7 +245,9 @@ class Snapshots(Sequence[Snapshot]):
         self._image = image
 
     def _table(self) -> list[Snapshot]:
-        return read_table(self._image._file, self._image._header)
+        # Not while somebody puts another table in its place.
+        with self._image._exclusive:
+            return read_table(self._image._file, self._image._header)
 
     @overload
     def __getitem__(self, index: int) -> Snapshot: ...

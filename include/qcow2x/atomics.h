@@ -34,6 +34,12 @@ static inline void q2_touch(uint8_t *p)
     if (!__atomic_load_n(p, __ATOMIC_RELAXED))
         __atomic_store_n(p, 1, __ATOMIC_RELAXED);
 }
-static inline void q2_count(uint64_t *p) { __atomic_fetch_add(p, 1, __ATOMIC_RELAXED); }
+/* Figures that anybody may add to and nobody orders by. */
+static inline void q2_count(uint64_t *p, uint64_t n) { __atomic_fetch_add(p, n, __ATOMIC_RELAXED); }
+/* Figures and flags that one lock's holder changes while others look without it. */
+static inline uint32_t q2_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void q2_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+/* A word of bits that others set by q2_set_bits meanwhile. */
+static inline uint64_t q2_look(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
 
 #endif

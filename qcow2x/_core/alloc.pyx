@@ -14,7 +14,8 @@ from qcow2x._core.refblock cimport get_refcount, set_refcount
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
-from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
+from qcow2x._core.sync cimport (q2_add, q2_count, q2_load, q2_raise_to, q2_store,
+                                q2_store32)
 from qcow2x._core.wire cimport (Q2_HDR_RT_OFFSET, Q2_MAX_HOST_OFFSET, Q2_MAX_RT_BYTES,
                                 Q2_RTE_OFFSET_MASK, q2_store_be32, q2_store_be64)
 
@@ -176,7 +177,7 @@ cdef bint hand_out(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
     if img.file.listens:
         img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     q2_raise_to(&img.host_size, (first + n) << img.geo.cluster_bits)
-    img.count.allocated += n
+    q2_count(&img.count.allocated, n)
     return fresh
 
 
@@ -318,7 +319,7 @@ cdef q2_status write_refcount(ImageState img, uint64_t cluster) noexcept nogil:
     if st != Q2_OK or slot is NULL:
         return Q2_OK if st == Q2_MISS else st
     at = ((index << img.geo.refcount_order) >> 3) & ~<uint64_t>511
-    img.count.metadata_writes += 1
+    q2_count(&img.count.metadata_writes, 1)
     return poison_unless_full(img, img.file.write_at(
         Q2_SITE_REFBLOCK_UPDATE, slot.data + at, 512, slot.key + at, WRITE_DEFERRED))
 
@@ -352,12 +353,12 @@ cdef q2_status write_table(ImageState img, int32_t site, const void *buf, uint64
     cdef q2_status st = img.file.write_at(site, buf, nbytes, host_off, WRITE_DEFERRED)
     if st == Q2_OK:
         q2_raise_to(&img.host_size, host_off + nbytes)
-        img.count.metadata_writes += 1
+        q2_count(&img.count.metadata_writes, 1)
     return poison_unless_full(img, st)
 
 
 cdef q2_status barrier(ImageState img) noexcept nogil:
-    img.count.barriers += 1
+    q2_count(&img.count.barriers, 1)
     return poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
 
 
@@ -526,8 +527,8 @@ cdef q2_status grow_table(ImageState img, uint64_t least_entries) noexcept nogil
     img.rt = table
     img.rt_entries = entries
     img.rt_offset = table_off
-    img.header.fields.rt_offset = table_off
-    img.header.fields.rt_clusters = <uint32_t>table_clusters
+    q2_store(&img.header.fields.rt_offset, table_off)
+    q2_store32(&img.header.fields.rt_clusters, <uint32_t>table_clusters)
     st = guard_add(img, HOLDS_REFBLOCK, start, blocks)
     if st == Q2_OK:
         st = guard_add(img, HOLDS_FIXED, start + blocks, table_clusters)

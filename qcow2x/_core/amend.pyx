@@ -198,8 +198,8 @@ cdef q2_status rewrite(ImageState img, const q2_geometry *g, q2_reader *r) noexc
     img.rt_entries = entries
     img.rt_offset = (start + blocks) << cbits
     img.geo = g[0]
-    img.header.fields.rt_offset = img.rt_offset
-    img.header.fields.rt_clusters = <uint32_t>table_clusters
+    q2_store(&img.header.fields.rt_offset, img.rt_offset)
+    q2_store32(&img.header.fields.rt_clusters, <uint32_t>table_clusters)
     img.header.fields.refcount_order = g.refcount_order
     cache_forget_all(&img.refblocks)
     q2_raise_to(&img.host_size, (start + blocks + table_clusters) << cbits)

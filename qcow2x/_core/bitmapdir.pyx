@@ -13,6 +13,7 @@ from libc.string cimport memset
 from qcow2x._core.errors cimport check_status, fail
 from qcow2x._core.marks cimport marks_set, q2_marks
 from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport q2_look
 from qcow2x._core.storage cimport WRITE_DEFERRED, Storage
 from qcow2x._core.wire cimport q2_load_be64, q2_store_be64
 
@@ -144,7 +145,7 @@ cdef bint any_marks(const q2_marks *m, uint64_t first, uint64_t end) noexcept no
     if end > m.bits:
         end = m.bits
     for at in range(first >> 6, (end + 63) >> 6):
-        if m.word[at]:
+        if q2_look(&m.word[at]):
             return True
     return False
 
@@ -156,7 +157,7 @@ cdef void add_marks(uint64_t *to, const q2_marks *m, uint32_t down, uint64_t fir
     cdef uint64_t stop = end << down if end << down < m.bits else m.bits
     cdef uint64_t group = (<uint64_t>1 << (<uint64_t>1 << down)) - 1 if down < 6 else ~<uint64_t>0
     for at in range((first << down) >> 6, (stop + 63) >> 6):
-        word = m.word[at]
+        word = q2_look(&m.word[at])
         if word == 0:
             continue
         if down == 0:

@@ -38,11 +38,12 @@ cdef struct q2_cache:
     int32_t *buckets
     uint32_t bucket_mask
     uint32_t slice_bits
-    uint32_t n_slots       # that own memory, whatever they hold
     uint32_t max_slots
     uint32_t hand
-    uint32_t n_dirty
     uint8_t rank
+    # Atomic, changed under the exclusive lock: stats() looks at them without any.
+    uint32_t n_slots       # that own memory, whatever they hold
+    uint32_t n_dirty
     uint64_t n_loads
     uint64_t n_evictions
 

@@ -6,7 +6,7 @@ from posix.stdlib cimport posix_memalign
 
 from qcow2x._core.errors cimport fail
 from qcow2x._core.status cimport *
-from qcow2x._core.sync cimport q2_touch
+from qcow2x._core.sync cimport q2_store, q2_store32, q2_touch
 
 cdef enum:
     # Enough for every slice that one request pins while it plans, many threads at once; a bound
@@ -91,7 +91,7 @@ cdef void unlink(q2_cache *c, q2_slot *slot) noexcept nogil:
 cdef void forget(q2_cache *c, q2_slot *slot) noexcept nogil:
     unlink(c, slot)
     if slot.dirty:
-        c.n_dirty -= 1
+        q2_store32(&c.n_dirty, c.n_dirty - 1)
     slot.state = SLOT_EMPTY
     slot.dirty = 0
     slot.stale = 0
@@ -109,7 +109,7 @@ cdef q2_slot *take_slot(q2_cache *c) noexcept nogil:
             and posix_memalign(&memory, 4096, <size_t>1 << c.slice_bits) == 0):
         slot = &c.slots[c.n_slots]
         slot.data = <uint8_t *>memory
-        c.n_slots += 1
+        q2_store32(&c.n_slots, c.n_slots + 1)
         return slot
     for step in range(2 * c.n_slots):
         slot = &c.slots[c.hand]
@@ -122,7 +122,7 @@ cdef q2_slot *take_slot(q2_cache *c) noexcept nogil:
             slot.used = 0
             continue
         forget(c, slot)
-        c.n_evictions += 1
+        q2_store(&c.n_evictions, c.n_evictions + 1)
         return slot
     return NULL
 
@@ -149,7 +149,7 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
     bucket[0] = <int32_t>(slot - c.slots) + 1
     slot.state = SLOT_LOADING
     slot.used = 1
-    c.n_loads += 1
+    q2_store(&c.n_loads, c.n_loads + 1)
     out[0] = slot
     return Q2_OK
 
@@ -165,7 +165,7 @@ cdef void cache_dirty(q2_cache *c, q2_slot *slot, uint32_t first, uint32_t nbyte
     cdef uint32_t low = first >> 9
     cdef uint32_t high = (first + nbytes - 1) >> 9
     if not slot.dirty:
-        c.n_dirty += 1
+        q2_store32(&c.n_dirty, c.n_dirty + 1)
     slot.dirty |= <uint8_t>(((2 << high) - 1) & ~((1 << low) - 1))
 
 

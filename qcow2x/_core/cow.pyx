@@ -11,6 +11,7 @@ from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport is_encrypted
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
+from qcow2x._core.sync cimport q2_load
 
 
 cdef struct q2_side:
@@ -22,6 +23,7 @@ cdef struct q2_side:
 
 cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept nogil:
     cdef uint64_t inside = side.nbytes
+    cdef uint64_t end = q2_load(&img.disk_size)
     cdef bint zero = True
     cdef q2_status st
     side.scratch = NULL
@@ -29,10 +31,10 @@ cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept no
     if side.left_out:
         return Q2_OK
     # The last cluster may reach past the end of the disk: nothing is there to copy.
-    if side.guest_off >= img.disk_size:
+    if side.guest_off >= end:
         inside = 0
-    elif inside > img.disk_size - side.guest_off:
-        inside = img.disk_size - side.guest_off
+    elif inside > end - side.guest_off:
+        inside = end - side.guest_off
     if inside:
         st = reads_as_zero(img, side.guest_off, inside, &zero)
         if st != Q2_OK:
@@ -62,6 +64,7 @@ cdef int32_t add_side(iovec *iov, int32_t n, const q2_side *side) noexcept nogil
 cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,
                               size_t data_bytes, uint64_t host_off, bint fresh) noexcept nogil:
     cdef q2_side head, tail
+    cdef uint64_t end = q2_load(&img.disk_size)
     cdef iovec iov[3]
     cdef int32_t n = 0
     cdef int32_t site
@@ -75,8 +78,8 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
     tail.nbytes = cow.tail_bytes
     head.scratch = tail.scratch = NULL
     # An external data file ends where the disk does: nothing is written past that.
-    if img.geo.external_data and tail.guest_off + tail.nbytes > img.disk_size:
-        tail.nbytes = img.disk_size - tail.guest_off if tail.guest_off < img.disk_size else 0
+    if img.geo.external_data and tail.guest_off + tail.nbytes > end:
+        tail.nbytes = end - tail.guest_off if tail.guest_off < end else 0
     st = fetch_side(img, &head, fresh)
     if st == Q2_OK:
         st = fetch_side(img, &tail, fresh)

@@ -111,8 +111,9 @@ cdef q2_status clear_data_file(ImageState img, uint64_t guest_off, uint64_t end,
                                bint may_unmap) noexcept nogil:
     """The same range of an external data file: zeros if it is to read as the disk by itself, else
     only a hole. Before the mapping changes, so that it cannot hit what is written after."""
-    if end > img.disk_size:
-        end = img.disk_size
+    cdef uint64_t disk = q2_load(&img.disk_size)
+    if end > disk:
+        end = disk
     if not img.geo.external_data or guest_off >= end:
         return Q2_OK
     if img.raw_data:
@@ -159,7 +160,7 @@ cdef void whole_clusters(ImageState img, uint64_t guest_off, uint64_t nbytes, ui
                          uint64_t *end) noexcept nogil:
     cdef uint64_t stop = guest_off + nbytes
     first[0] = (guest_off + img.geo.cluster_size - 1) >> img.geo.cluster_bits
-    if stop == img.disk_size:
+    if stop == q2_load(&img.disk_size):
         stop = round_up(stop, img.geo.cluster_size)
     end[0] = stop >> img.geo.cluster_bits
 
@@ -271,6 +272,7 @@ cdef q2_status zero_part(ImageState img, uint64_t guest_off, uint64_t end) noexc
     cdef uint64_t sub = <uint64_t>1 << img.geo.subcluster_bits
     cdef uint64_t start = round_down(guest_off, sub)
     cdef uint64_t stop = start + sub
+    cdef uint64_t disk = q2_load(&img.disk_size)
     cdef bint zero = False, handled = False
     cdef q2_status st = Q2_OK
     if guest_off >= end:
@@ -279,8 +281,8 @@ cdef q2_status zero_part(ImageState img, uint64_t guest_off, uint64_t end) noexc
     if img.geo.version >= 3 and not img.raw_data:
         st = reads_as_zero(img, start, guest_off - start, &zero)
         if st == Q2_OK and zero:
-            if stop > img.disk_size:
-                stop = img.disk_size
+            if stop > disk:
+                stop = disk
             st = reads_as_zero(img, end, stop - end, &zero)
         if st == Q2_OK and zero:
             # A write to the rest since then is seen: it left data, or is still under way.
@@ -297,7 +299,7 @@ cdef q2_status zero_edge(ImageState img, uint64_t guest_off, uint64_t end) noexc
     cdef uint64_t last = round_down(end, sub)
     cdef bint handled = False
     cdef q2_status st
-    if end == img.disk_size:
+    if end == q2_load(&img.disk_size):
         # The end of the disk completes the last subcluster.
         last = round_up(end, sub)
     if first > last or first > end:
@@ -360,7 +362,8 @@ cdef q2_status unmap_guest(ImageState img, uint64_t guest_off, uint64_t nbytes) 
 
 cdef q2_status unmap_tail(ImageState img, uint64_t guest_off) noexcept nogil:
     cdef uint64_t first = round_up(guest_off, img.geo.cluster_size) >> img.geo.cluster_bits
-    cdef uint64_t end = round_up(img.disk_size, img.geo.cluster_size) >> img.geo.cluster_bits
+    cdef uint64_t end = round_up(q2_load(&img.disk_size),
+                                 img.geo.cluster_size) >> img.geo.cluster_bits
     cdef q2_status st = may_write(img)
     if st == Q2_OK and first < end:
         st = change_clusters(img, UNMAP, first, end)

@@ -66,7 +66,7 @@ cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
     if st == Q2_OK:
         st = retire_freed(img)
     # What was freed last has lowered refcounts: they go out as well, so that nothing leaks.
-    if st == Q2_OK and img.refblocks.n_dirty:
+    if st == Q2_OK and q2_load32(&img.refblocks.n_dirty):
         st = write_back_locked(img, durable)
     if st == Q2_OK and q2_load(&img.lazy_dirty):
         st = write_dirty_bit(img, False)

@@ -17,7 +17,9 @@ class Header:
 
     @staticmethod
     def load(
-        pread: Callable[[int, int], bytes], file_size: int, name: object = "image"
+        pread: Callable[[int, int], bytes],
+        file_size: int | Callable[[], int],
+        name: object = "image",
     ) -> Header: ...
     @staticmethod
     def parse(

@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, UINT64_MAX
 from qcow2x._core.errors cimport check_status, fail
 from qcow2x._core.geometry cimport l1_entries_for, q2_geometry, set_geometry
 from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport q2_load, q2_load32
 
 from qcow2x.errors import FormatError, UnsupportedFeature
 
@@ -254,18 +255,22 @@ cdef class Header:
     # --- reading ---------------------------------------------------------------------------
 
     @staticmethod
-    def load(pread, uint64_t file_size, name="image"):
+    def load(pread, file_size, name="image"):
         """Reads and validates the header through ``pread(length, offset) -> bytes``.
 
-        Reads the first 64 KiB, and the rest of the first cluster only where that is larger.
+        ``file_size`` is in bytes, or a function that says it: of a file that may grow meanwhile it
+        is asked again once the header was read. Reads the first 64 KiB, and the rest of the first
+        cluster only where that is larger.
         """
-        cdef uint64_t want = min(file_size, <uint64_t>65536)
+        cdef bint asked = callable(file_size)
+        cdef uint64_t nbytes = file_size() if asked else file_size
+        cdef uint64_t want = min(nbytes, <uint64_t>65536)
         first = bytes(pread(want, 0))
         cluster = cluster_size_of(first, name)
-        want = min(file_size, <uint64_t>cluster)
+        want = min(nbytes, <uint64_t>cluster)
         if want > <uint64_t>len(first):
             first += bytes(pread(want - len(first), len(first)))
-        return Header.parse(first, file_size, name)
+        return Header.parse(first, file_size() if asked else file_size, name)
 
     @staticmethod
     def parse(first_bytes, file_size=None, name="image"):
@@ -492,7 +497,7 @@ cdef class Header:
     @property
     def size(self):
         """Bytes of the guest disk."""
-        return self.fields.size
+        return q2_load(&self.fields.size)
 
     @property
     def cluster_bits(self):
@@ -505,19 +510,19 @@ cdef class Header:
     @property
     def l1_size(self):
         """Entries of the active L1 table."""
-        return self.fields.l1_size
+        return q2_load32(&self.fields.l1_size)
 
     @property
     def l1_offset(self):
-        return self.fields.l1_offset
+        return q2_load(&self.fields.l1_offset)
 
     @property
     def refcount_table_offset(self):
-        return self.fields.rt_offset
+        return q2_load(&self.fields.rt_offset)
 
     @property
     def refcount_table_clusters(self):
-        return self.fields.rt_clusters
+        return q2_load32(&self.fields.rt_clusters)
 
     @property
     def refcount_order(self):
@@ -529,11 +534,11 @@ cdef class Header:
 
     @property
     def nb_snapshots(self):
-        return self.fields.nb_snapshots
+        return q2_load32(&self.fields.nb_snapshots)
 
     @property
     def snapshots_offset(self):
-        return self.fields.snapshots_offset
+        return q2_load(&self.fields.snapshots_offset)
 
     @property
     def header_length(self):
@@ -541,7 +546,7 @@ cdef class Header:
 
     @property
     def incompatible_features(self):
-        return self.fields.incompat
+        return q2_load(&self.fields.incompat)
 
     @property
     def compatible_features(self):
@@ -553,11 +558,11 @@ cdef class Header:
 
     @property
     def dirty(self):
-        return self.fields.incompat & Q2_INCOMPAT_DIRTY != 0
+        return q2_load(&self.fields.incompat) & Q2_INCOMPAT_DIRTY != 0
 
     @property
     def corrupt(self):
-        return self.fields.incompat & Q2_INCOMPAT_CORRUPT != 0
+        return q2_load(&self.fields.incompat) & Q2_INCOMPAT_CORRUPT != 0
 
     @property
     def has_unknown_autoclear(self):
@@ -566,7 +571,7 @@ cdef class Header:
 
     @property
     def has_data_file(self):
-        return self.fields.incompat & Q2_INCOMPAT_DATA_FILE != 0
+        return q2_load(&self.fields.incompat) & Q2_INCOMPAT_DATA_FILE != 0
 
     @property
     def data_file_raw(self):
@@ -574,7 +579,7 @@ cdef class Header:
 
     @property
     def extended_l2(self):
-        return self.fields.incompat & Q2_INCOMPAT_EXTL2 != 0
+        return q2_load(&self.fields.incompat) & Q2_INCOMPAT_EXTL2 != 0
 
     @property
     def lazy_refcounts(self):
@@ -724,15 +729,15 @@ cdef void store_fields(const q2_header *h, uint8_t *out) noexcept nogil:
     q2_store_be64(out + Q2_HDR_BACKING_OFFSET, h.backing_offset)
     q2_store_be32(out + Q2_HDR_BACKING_SIZE, h.backing_size)
     q2_store_be32(out + Q2_HDR_CLUSTER_BITS, h.cluster_bits)
-    q2_store_be64(out + Q2_HDR_SIZE, h.size)
+    q2_store_be64(out + Q2_HDR_SIZE, q2_load(&h.size))
     q2_store_be32(out + Q2_HDR_CRYPT_METHOD, h.crypt_method)
-    q2_store_be32(out + Q2_HDR_L1_SIZE, h.l1_size)
-    q2_store_be64(out + Q2_HDR_L1_OFFSET, h.l1_offset)
-    q2_store_be64(out + Q2_HDR_RT_OFFSET, h.rt_offset)
-    q2_store_be32(out + Q2_HDR_RT_CLUSTERS, h.rt_clusters)
-    q2_store_be32(out + Q2_HDR_NB_SNAPSHOTS, h.nb_snapshots)
-    q2_store_be64(out + Q2_HDR_SNAPSHOTS_OFFSET, h.snapshots_offset)
-    q2_store_be64(out + Q2_HDR_INCOMPAT, h.incompat)
+    q2_store_be32(out + Q2_HDR_L1_SIZE, q2_load32(&h.l1_size))
+    q2_store_be64(out + Q2_HDR_L1_OFFSET, q2_load(&h.l1_offset))
+    q2_store_be64(out + Q2_HDR_RT_OFFSET, q2_load(&h.rt_offset))
+    q2_store_be32(out + Q2_HDR_RT_CLUSTERS, q2_load32(&h.rt_clusters))
+    q2_store_be32(out + Q2_HDR_NB_SNAPSHOTS, q2_load32(&h.nb_snapshots))
+    q2_store_be64(out + Q2_HDR_SNAPSHOTS_OFFSET, q2_load(&h.snapshots_offset))
+    q2_store_be64(out + Q2_HDR_INCOMPAT, q2_load(&h.incompat))
     q2_store_be64(out + Q2_HDR_COMPAT, h.compat)
     q2_store_be64(out + Q2_HDR_AUTOCLEAR, h.autoclear)
     q2_store_be32(out + Q2_HDR_REFCOUNT_ORDER, h.refcount_order)

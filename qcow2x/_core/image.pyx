@@ -298,7 +298,7 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             st = self._inside(off, n)
         if st == Q2_OK and (off & (self.geo.cluster_size - 1) or (
-                n & (self.geo.cluster_size - 1) and off + n != self.disk_size)):
+                n & (self.geo.cluster_size - 1) and off + n != q2_load(&self.disk_size))):
             st = fail(Q2_E_RANGE, Q2_SITE_NONE, off,
                       b"compressed writes take whole clusters at a cluster boundary")
         if st == Q2_OK:
@@ -544,7 +544,7 @@ cdef class CoreImage(ImageState):
                 self.l1_dirty, dirty = dirty, self.l1_dirty
                 self.l1_is_dirty = False
                 self.l1_size = <uint32_t>entries
-                self.disk_size = header.fields.size
+                q2_store(&self.disk_size, header.fields.size)
                 self.rt, rt = rt, self.rt
                 self.rt_entries = (<uint64_t>header.fields.rt_clusters
                                    << self.geo.cluster_bits) >> 3
@@ -720,16 +720,20 @@ cdef class CoreImage(ImageState):
         cdef q2_status st
         with nogil:
             pthread_mutex_lock(&self.commit)
-            memcpy(before, self.head, 512)
+            pthread_rwlock_wrlock(&self.meta)
+            memcpy(before, self.head + (off if in_head else 0), in_head)
             memcpy(self.head + (off if in_head else 0), src, in_head)
             st = self.file.write_at(Q2_SITE_HEADER_UPDATE, src, n, off, WRITE_DEFERRED)
+            pthread_rwlock_unlock(&self.meta)
             if st == Q2_OK:
                 st = self.file.sync(Q2_SITE_BARRIER)
             st = poison_unless_full(self, st)
             if st != Q2_OK:
-                memcpy(self.head, before, 512)
-            self.count.metadata_writes += 1
-            self.count.barriers += 1
+                pthread_rwlock_wrlock(&self.meta)
+                memcpy(self.head + (off if in_head else 0), before, in_head)
+                pthread_rwlock_unlock(&self.meta)
+            q2_count(&self.count.metadata_writes, 1)
+            q2_count(&self.count.barriers, 1)
             pthread_mutex_unlock(&self.commit)
         check_status(st, self.name)
 
@@ -793,7 +797,7 @@ cdef class CoreImage(ImageState):
         cdef const char *src = PyBytes_AS_STRING(data)
         cdef uint64_t n = len(data)
         cdef q2_status st
-        self.count.metadata_writes += 1
+        q2_count(&self.count.metadata_writes, 1)
         with nogil:
             st = poison_unless_full(self, self.file.write_at(site, src, n, off,
                                                              WRITE_DEFERRED))
@@ -802,7 +806,7 @@ cdef class CoreImage(ImageState):
     def _barrier(self):
         """What was written to the file is durable."""
         cdef q2_status st
-        self.count.barriers += 1
+        q2_count(&self.count.barriers, 1)
         with nogil:
             st = poison_unless_full(self, self.file.sync(Q2_SITE_BARRIER))
         check_status(st, self.name)
@@ -844,7 +848,7 @@ cdef class CoreImage(ImageState):
     @property
     def size(self):
         """Size of the guest disk in bytes."""
-        return self.disk_size
+        return q2_load(&self.disk_size)
 
     @property
     def cluster_size(self):
@@ -879,14 +883,16 @@ cdef class CoreImage(ImageState):
     def _counters(self):
         """The figures behind Image.stats(), in the order of qcow2x.types.Stats."""
         return (
-            <uint64_t>self.l2.n_slots << self.l2.slice_bits,
+            <uint64_t>q2_load32(&self.l2.n_slots) << self.l2.slice_bits,
             <uint64_t>self.l2.max_slots << self.l2.slice_bits,
-            <uint64_t>self.refblocks.n_slots << self.refblocks.slice_bits,
+            <uint64_t>q2_load32(&self.refblocks.n_slots) << self.refblocks.slice_bits,
             <uint64_t>self.refblocks.max_slots << self.refblocks.slice_bits,
-            self.l2.n_loads, self.l2.n_evictions, self.refblocks.n_loads,
-            self.count.metadata_writes, self.count.barriers,
-            self.l2.n_dirty + self.refblocks.n_dirty,
-            self.count.allocated, self.count.freed, q2_load(&self.host_size),
+            q2_load(&self.l2.n_loads), q2_load(&self.l2.n_evictions),
+            q2_load(&self.refblocks.n_loads), q2_load(&self.count.metadata_writes),
+            q2_load(&self.count.barriers),
+            q2_load32(&self.l2.n_dirty) + q2_load32(&self.refblocks.n_dirty),
+            q2_load(&self.count.allocated), q2_load(&self.count.freed),
+            q2_load(&self.host_size),
         )
 
     # ---- Closing --------------------------------------------------------------------------------
@@ -928,9 +934,10 @@ cdef class CoreImage(ImageState):
 
     cdef q2_status read_at(self, int32_t site, void *buf, size_t nbytes,
                            uint64_t off) noexcept nogil:
+        cdef uint64_t end = q2_load(&self.disk_size)
         cdef uint64_t inside = 0
-        if off < self.disk_size:
-            inside = self.disk_size - off
+        if off < end:
+            inside = end - off
             if inside > nbytes:
                 inside = nbytes
         if inside < nbytes:
@@ -954,7 +961,7 @@ cdef class CoreImage(ImageState):
         return st
 
     cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
-        nbytes[0] = self.disk_size
+        nbytes[0] = q2_load(&self.disk_size)
         return Q2_OK
 
     cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
@@ -971,19 +978,21 @@ cdef class CoreImage(ImageState):
         return st
 
     cdef q2_status extent_at(self, uint64_t off, uint64_t nbytes, q2_extent *out) noexcept nogil:
-        if off >= self.disk_size:
+        cdef uint64_t end = q2_load(&self.disk_size)
+        if off >= end:
             memset(out, 0, sizeof(q2_extent))
             out.guest_off = off
             out.nbytes = nbytes
             return Q2_OK
-        if nbytes > self.disk_size - off:
-            nbytes = self.disk_size - off
+        if nbytes > end - off:
+            nbytes = end - off
         return guest_extent(self, off, nbytes, out)
 
     # ---- The door -------------------------------------------------------------------------------
 
     cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil:
-        if off > self.disk_size or nbytes > self.disk_size - off:
+        cdef uint64_t end = q2_load(&self.disk_size)
+        if off > end or nbytes > end - off:
             return fail(Q2_E_RANGE, Q2_SITE_NONE, off, b"the range reaches past the disk's end")
         return Q2_OK
 
@@ -995,9 +1004,10 @@ cdef class CoreImage(ImageState):
         return Q2_OK
 
     cdef size_t _until_end(self, uint64_t nbytes, uint64_t off) noexcept nogil:
-        if off >= self.disk_size:
+        cdef uint64_t end = q2_load(&self.disk_size)
+        if off >= end:
             return 0
-        return nbytes if nbytes <= self.disk_size - off else self.disk_size - off
+        return nbytes if nbytes <= end - off else end - off
 
 
 cdef q2_table published(bytes table, host_off, count):

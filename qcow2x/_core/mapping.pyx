@@ -16,7 +16,7 @@ from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLO
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, q2_extent
-from qcow2x._core.sync cimport q2_add, q2_load, q2_raise_to, q2_store
+from qcow2x._core.sync cimport q2_add, q2_count, q2_load, q2_raise_to, q2_store
 from qcow2x._core.wire cimport Q2_L1E_OFFSET_MASK, Q2_OFLAG_COPIED
 
 
@@ -67,7 +67,13 @@ cdef q2_status check_host_cluster(ImageState img, uint64_t host_off,
 
 
 cdef q2_status l2_table_offset(ImageState img, uint64_t l1_idx, uint64_t *l2_off) noexcept nogil:
-    cdef uint64_t off = img.l1[l1_idx] & Q2_L1E_OFFSET_MASK
+    cdef uint64_t off
+    l2_off[0] = 0
+    if l1_idx >= img.l1_size:
+        # Nothing is mapped there: a snapshot's table is shorter than its disk, or the disk became
+        # shorter since the request was let in.
+        return Q2_OK
+    off = img.l1[l1_idx] & Q2_L1E_OFFSET_MASK
     if off & (img.geo.cluster_size - 1):
         return fail(Q2_E_CORRUPT, Q2_SITE_L1_READ, img.l1_offset + 8 * l1_idx,
                     b"L1 entry is not cluster aligned")
@@ -217,6 +223,9 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
     cdef q2_status st = l2_table_offset(img, l1_idx, &old_off)
     if st != Q2_OK:
         return st
+    if l1_idx >= img.l1_size:
+        return fail(Q2_E_RANGE, Q2_SITE_NONE, guest_cl << img.geo.cluster_bits,
+                    b"the range reaches past the disk's end, which has moved meanwhile")
     if old_off and img.l1[l1_idx] & Q2_OFLAG_COPIED:
         return guard_table_write(img, HOLDS_L2, old_off)
     table = <uint8_t *>calloc(1, img.geo.cluster_size)
@@ -242,7 +251,7 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
             img.l1_dirty[(l1_idx * 8) >> 9] = 1
             img.l1_is_dirty = True
             q2_add(&img.meta_seq, 1)
-            img.count.metadata_writes += 1
+            q2_count(&img.count.metadata_writes, 1)
             st = guard_add(img, HOLDS_L2, first, 1)
             if st == Q2_OK and img.lazy_refcounts:
                 st = write_refcount(img, first)

@@ -19,7 +19,7 @@ from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.overlap cimport guard_refblocks
 from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_wait, room_wake,
-                                 runs_append)
+                                 runs_append, runs_take)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport *
@@ -29,15 +29,24 @@ from qcow2x._core.wire cimport (Q2_HDR_INCOMPAT, Q2_INCOMPAT_CORRUPT,
 
 
 cdef q2_status load_reftable(ImageState img) noexcept nogil:
-    cdef uint64_t *table = <uint64_t *>malloc(img.rt_entries * 8 + 1)
-    cdef uint64_t i
+    cdef uint64_t *table
+    cdef uint64_t i, entries, host_off
+    cdef bint there
     cdef q2_status st
+    pthread_rwlock_rdlock(&img.meta)
+    there = img.rt is not NULL
+    entries = img.rt_entries
+    host_off = img.rt_offset
+    pthread_rwlock_unlock(&img.meta)
+    if there:
+        return Q2_OK
+    table = <uint64_t *>malloc(entries * 8 + 1)
     if table is NULL:
-        return fail(Q2_E_NOMEM, Q2_SITE_REFTABLE_READ, img.rt_offset,
+        return fail(Q2_E_NOMEM, Q2_SITE_REFTABLE_READ, host_off,
                     b"no memory for the refcount table")
-    # Its place and size change only after it was loaded once.
-    st = img.file.read_at(Q2_SITE_REFTABLE_READ, table, img.rt_entries * 8, img.rt_offset)
-    for i in range(img.rt_entries):
+    # Its place and size change only after somebody has loaded it.
+    st = img.file.read_at(Q2_SITE_REFTABLE_READ, table, entries * 8, host_off)
+    for i in range(entries):
         table[i] = q2_load_be64(&table[i])
     pthread_rwlock_wrlock(&img.meta)
     if st == Q2_OK and img.rt is NULL:
@@ -68,16 +77,24 @@ cdef q2_status refuse_past_end(ImageState img, int32_t site, uint64_t host_off,
 
 
 cdef q2_status write_dirty_bit(ImageState img, bint dirty) noexcept nogil:
-    cdef uint64_t before = img.header.fields.incompat
-    cdef uint64_t after = before | Q2_INCOMPAT_DIRTY if dirty else before & ~Q2_INCOMPAT_DIRTY
+    cdef uint64_t before, after
     cdef q2_status st
+    # Who makes the refcount table grow changes `head` as well, and has not got commit.
+    pthread_rwlock_wrlock(&img.meta)
+    before = img.header.fields.incompat
+    after = before | Q2_INCOMPAT_DIRTY if dirty else before & ~Q2_INCOMPAT_DIRTY
     q2_store_be64(img.head + Q2_HDR_INCOMPAT, after)
+    st = write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_NONE)
+    pthread_rwlock_unlock(&img.meta)
     # That refcounts are right again orders nothing: said too late, they are only looked at in vain.
-    st = write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_DIRTY_BEFORE_LAZY if dirty else Q2_EDGE_NONE)
+    if st == Q2_OK and dirty and q2_keeps(Q2_EDGE_DIRTY_BEFORE_LAZY):
+        st = poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
+    pthread_rwlock_wrlock(&img.meta)
     if st == Q2_OK:
-        img.header.fields.incompat = after
+        q2_store(&img.header.fields.incompat, after)
     else:
         q2_store_be64(img.head + Q2_HDR_INCOMPAT, before)
+    pthread_rwlock_unlock(&img.meta)
     return st
 
 
@@ -205,7 +222,7 @@ cdef q2_status copy_dirty(q2_cache *cache, q2_batch *batch, uint64_t *need_seq) 
         slot.dirty = 0
         slot.need_seq = 0
         slot.after_refblock = 0
-        cache.n_dirty -= 1
+        q2_store32(&cache.n_dirty, cache.n_dirty - 1)
     qsort(batch.piece, batch.n, sizeof(q2_piece), by_offset)
     return Q2_OK
 
@@ -218,7 +235,7 @@ cdef q2_status write_batch(ImageState img, int32_t site, q2_batch *batch) noexce
                                batch.piece[i].host_off, WRITE_DEFERRED)
         if st != Q2_OK:
             return st
-        img.count.metadata_writes += 1
+        q2_count(&img.count.metadata_writes, 1)
     return Q2_OK
 
 
@@ -232,7 +249,7 @@ cdef void settle(q2_cache *cache, bint written, uint64_t need_seq) noexcept nogi
             continue
         if not written and slot.state == SLOT_VALID:
             if not slot.dirty:
-                cache.n_dirty += 1
+                q2_store32(&cache.n_dirty, cache.n_dirty + 1)
             slot.dirty |= slot.writing
             slot.after_refblock = 1
             if need_seq > slot.need_seq:
@@ -288,7 +305,7 @@ cdef q2_status barrier_for(ImageState img, uint64_t seq) noexcept nogil:
     """What was written up to `seq` is durable before anything that follows."""
     if seq <= q2_load(&img.file.durable_seq):
         return Q2_OK
-    img.count.barriers += 1
+    q2_count(&img.count.barriers, 1)
     return img.file.sync(Q2_SITE_BARRIER)
 
 
@@ -349,8 +366,7 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
     if st == Q2_OK:
         st = copy_dirty_l1(img, &l1)
     if st == Q2_OK and make_durable:
-        unmapped = img.dropped
-        memset(&img.dropped, 0, sizeof(q2_runs))
+        runs_take(&img.dropped, &unmapped)
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_OK:
         st = poison_unless_full(img, write_ranks(img, &refblocks, &l2, &l1, data_seq))
@@ -398,8 +414,8 @@ cdef q2_status write_head(ImageState img, int32_t site, int edge) noexcept nogil
     cdef q2_status st = img.file.write_at(site, img.head, 512, 0, WRITE_DEFERRED)
     if st == Q2_OK and q2_keeps(edge):
         st = img.file.sync(Q2_SITE_BARRIER)
-    img.count.metadata_writes += 1
-    img.count.barriers += 1
+    q2_count(&img.count.metadata_writes, 1)
+    q2_count(&img.count.barriers, 1)
     return poison_unless_full(img, st)
 
 
@@ -407,10 +423,12 @@ cdef void mark_corrupt(ImageState img) noexcept nogil:
     if not q2_load(&img.damaged) or q2_load(&img.broken):
         return
     pthread_mutex_lock(&img.commit)
+    pthread_rwlock_wrlock(&img.meta)
     # Poisoned whatever becomes of the bit; version 2 has none.
     if img.geo.version >= 3 and not img.header.fields.incompat & Q2_INCOMPAT_CORRUPT:
-        img.header.fields.incompat |= Q2_INCOMPAT_CORRUPT
+        q2_store(&img.header.fields.incompat, img.header.fields.incompat | Q2_INCOMPAT_CORRUPT)
         q2_store_be64(img.head + Q2_HDR_INCOMPAT, img.header.fields.incompat)
         write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_NONE)
     q2_store(&img.broken, 1)
+    pthread_rwlock_unlock(&img.meta)
     pthread_mutex_unlock(&img.commit)

@@ -279,12 +279,15 @@ cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
     cdef q2_plan plan
     cdef uint8_t *out = <uint8_t *>buf
     cdef uint64_t end = guest_off + nbytes
-    cdef uint64_t mapped = <uint64_t>img.l1_size << (img.geo.cluster_bits + img.geo.l2_bits)
+    cdef uint64_t mapped
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef int32_t i
     cdef q2_status st = Q2_OK
     memset(out, 0, nbytes)
+    pthread_rwlock_rdlock(&img.meta)
+    mapped = <uint64_t>img.l1_size << (img.geo.cluster_bits + img.geo.l2_bits)
+    pthread_rwlock_unlock(&img.meta)
     if end > mapped:
         end = mapped
     while guest_off < end and st == Q2_OK:

@@ -15,7 +15,7 @@ from qcow2x._core.refblock cimport get_refcount, set_refcount
 from qcow2x._core.state cimport poison_unless_full, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
-from qcow2x._core.sync cimport q2_load
+from qcow2x._core.sync cimport q2_count, q2_load
 from qcow2x._core.wire cimport Q2_MAX_RT_BYTES, Q2_L1E_OFFSET_MASK, Q2_OFLAG_COPIED, Q2_RTE_OFFSET_MASK
 
 cdef enum:
@@ -102,7 +102,7 @@ cdef q2_status write_window(ImageState img, const q2_window *w) noexcept nogil:
             img.rt[w.first_block + i] & Q2_RTE_OFFSET_MASK, WRITE_DEFERRED))
         if st != Q2_OK:
             return st
-        img.count.metadata_writes += 1
+        q2_count(&img.count.metadata_writes, 1)
     return Q2_OK
 
 
@@ -281,7 +281,7 @@ cdef q2_status refresh_window(ImageState img, const q2_window *w, uint64_t *l1, 
         if st == Q2_OK and refresh_table(img, w, table):
             st = poison_unless_full(img, img.file.write_at(
                 Q2_SITE_L2_UPDATE, table, img.geo.cluster_size, l2_off, WRITE_DEFERRED))
-            img.count.metadata_writes += 1
+            q2_count(&img.count.metadata_writes, 1)
         if st != Q2_OK:
             return st
         if w.first_cl <= l2_off >> img.geo.cluster_bits < w.end_cl:

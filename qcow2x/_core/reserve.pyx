@@ -80,7 +80,8 @@ cdef uint64_t linkable(ImageState img, uint64_t first_cl, uint64_t most, const u
                        uint64_t clear_cl) noexcept nogil:
     """meta, exclusive: how many guest clusters from first_cl on, whose entries begin at `at`, are
     empty, on the disk, nobody's in flight, and read as zeros."""
-    cdef uint64_t end = round_up(img.disk_size, img.geo.cluster_size) >> img.geo.cluster_bits
+    cdef uint64_t end = round_up(q2_load(&img.disk_size),
+                                 img.geo.cluster_size) >> img.geo.cluster_bits
     cdef uint64_t n = 0
     cdef q2_l2e e
     if end > clear_cl:

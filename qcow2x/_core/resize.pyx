@@ -9,7 +9,7 @@ from qcow2x._core.discard cimport unmap_guest, unmap_tail, zero_guest
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_image
-from qcow2x._core.geometry cimport l1_entries_for
+from qcow2x._core.geometry cimport l1_entries_for, round_up
 from qcow2x._core.metadata cimport load_slice, write_back_locked, write_head
 from qcow2x._core.overlap cimport HOLDS_FIXED, guard_add
 from qcow2x._core.state cimport *
@@ -77,7 +77,7 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         st = poison_unless_full(img, img.file.write_at(
             Q2_SITE_L1_GROW_WRITE, table, n_clusters << cbits, first << cbits, WRITE_DEFERRED))
         if st == Q2_OK and q2_keeps(Q2_EDGE_L1_BEFORE_HEADER):
-            img.count.barriers += 1
+            q2_count(&img.count.barriers, 1)
             st = poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
     if st == Q2_OK:
         q2_store_be32(img.head + Q2_HDR_L1_SIZE, <uint32_t>entries)
@@ -93,8 +93,8 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         dirty, img.l1_dirty = img.l1_dirty, dirty
         img.l1_size = <uint32_t>entries
         img.l1_offset = first << cbits
-        img.header.fields.l1_size = img.l1_size
-        img.header.fields.l1_offset = img.l1_offset
+        q2_store32(&img.header.fields.l1_size, img.l1_size)
+        q2_store(&img.header.fields.l1_offset, img.l1_offset)
         st = guard_add(img, HOLDS_FIXED, first, n_clusters)
         if old_n and st == Q2_OK:
             st = runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
@@ -111,12 +111,12 @@ cdef q2_status set_disk_size(ImageState img, uint64_t size) noexcept nogil:
     cdef q2_status st
     pthread_mutex_lock(&img.commit)
     pthread_rwlock_wrlock(&img.meta)
-    old = img.disk_size
+    old = q2_load(&img.disk_size)
     q2_store_be64(img.head + Q2_HDR_SIZE, size)
     st = write_head(img, Q2_SITE_HEADER_UPDATE, Q2_EDGE_SIZE_BEFORE_RESIZE_RETURNS)
     if st == Q2_OK:
-        img.disk_size = size
-        img.header.fields.size = size
+        q2_store(&img.disk_size, size)
+        q2_store(&img.header.fields.size, size)
     else:
         q2_store_be64(img.head + Q2_HDR_SIZE, old)
     pthread_rwlock_unlock(&img.meta)
@@ -128,16 +128,16 @@ cdef q2_status drop_vmstate(ImageState img, uint64_t size) noexcept nogil:
     """A machine's state lies behind the last L1 entry of the disk. Where that moves, what was there
     is no state any more, and must not become part of the disk."""
     cdef uint32_t shift = img.geo.cluster_bits + img.geo.l2_bits
-    cdef uint64_t entries = l1_entries_for(&img.geo, img.disk_size)
+    cdef uint64_t entries = l1_entries_for(&img.geo, q2_load(&img.disk_size))
     if l1_entries_for(&img.geo, size) == entries or entries >= img.l1_size:
         return Q2_OK
     return unmap_guest(img, entries << shift, (img.l1_size - entries) << shift)
 
 
 cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
-    cdef uint64_t old = img.disk_size
+    cdef uint64_t old = q2_load(&img.disk_size)
     cdef uint64_t entries = l1_entries_for(&img.geo, size)
-    cdef uint64_t tail
+    cdef uint64_t tail, end
     cdef q2_status st = may_write(img)
     if st == Q2_OK:
         st = drop_vmstate(img, size)
@@ -157,7 +157,11 @@ cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
     # What the new end uncovers must read as zeros: the rest of the last cluster, and what a longer
     # backing file would show. It is made so before the disk is that long.
     if st == Q2_OK and size > old:
-        tail = (old + img.geo.cluster_size - 1) & ~(img.geo.cluster_size - 1)
+        # Nothing is mapped there, but for what was let in just before the disk last became shorter.
+        end = round_up(size, img.geo.cluster_size)
+        tail = round_up(old, img.geo.cluster_size)
+        st = unmap_guest(img, tail, end - tail)
+    if st == Q2_OK and size > old:
         if has_backing(img) and img.backing_size > old:
             tail = size
         if tail > size:

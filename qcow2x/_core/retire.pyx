@@ -64,7 +64,7 @@ cdef q2_status make_free(ImageState img, uint64_t cluster, q2_runs *unused,
     """meta, exclusive."""
     cdef q2_status st = set_refcount_of(img, cluster, 0, miss)
     if st == Q2_OK:
-        img.count.freed += 1
+        q2_count(&img.count.freed, 1)
         guard_remove(img, cluster, 1)
     return st
 

@@ -33,7 +33,9 @@ from qcow2x._core.wire cimport (Q2_HDR_INCOMPAT, Q2_HDR_L1_OFFSET, Q2_HDR_L1_SIZ
 cdef q2_status reserve_clusters(ImageState img, uint64_t n, uint64_t *host_off) noexcept nogil:
     cdef uint64_t first = 0, miss = 0
     cdef bint fresh = False
-    cdef q2_status st
+    cdef q2_status st = may_write(img)
+    if st != Q2_OK:
+        return st
     while True:
         pthread_rwlock_wrlock(&img.meta)
         st = alloc_contiguous(img, n, &first, &fresh, &miss)
@@ -73,26 +75,26 @@ cdef q2_status everything_on_disk(ImageState img) noexcept nogil:
 
 
 cdef q2_status barrier(ImageState img) noexcept nogil:
-    img.count.barriers += 1
+    q2_count(&img.count.barriers, 1)
     return poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
 
 
 cdef q2_status write_meta(ImageState img, int32_t site, const void *bytes, uint64_t nbytes,
                           uint64_t host_off) noexcept nogil:
-    img.count.metadata_writes += 1
+    q2_count(&img.count.metadata_writes, 1)
     return poison_unless_full(img, img.file.write_at(site, bytes, nbytes, host_off,
                                                      WRITE_DEFERRED))
 
 
 cdef void mark_dirty(ImageState img, bint dirty) noexcept nogil:
     """In `head` only. Version 2 has no such bit."""
+    cdef uint64_t bits
     if img.geo.version < 3:
         return
-    if dirty:
-        img.header.fields.incompat |= Q2_INCOMPAT_DIRTY
-    else:
-        img.header.fields.incompat &= ~Q2_INCOMPAT_DIRTY
-    q2_store_be64(img.head + Q2_HDR_INCOMPAT, img.header.fields.incompat)
+    bits = img.header.fields.incompat
+    bits = bits | Q2_INCOMPAT_DIRTY if dirty else bits & ~Q2_INCOMPAT_DIRTY
+    q2_store(&img.header.fields.incompat, bits)
+    q2_store_be64(img.head + Q2_HDR_INCOMPAT, bits)
 
 
 cdef q2_status write_dirty(ImageState img, bint dirty) noexcept nogil:
@@ -107,8 +109,8 @@ cdef void name_table(ImageState img, const q2_table *table) noexcept nogil:
     """In `head` only."""
     q2_store_be32(img.head + Q2_HDR_NB_SNAPSHOTS, table.count)
     q2_store_be64(img.head + Q2_HDR_SNAPSHOTS_OFFSET, table.host_off)
-    img.header.fields.nb_snapshots = table.count
-    img.header.fields.snapshots_offset = table.host_off
+    q2_store32(&img.header.fields.nb_snapshots, table.count)
+    q2_store(&img.header.fields.snapshots_offset, table.host_off)
 
 
 cdef q2_status guard_new(ImageState img, uint32_t holds, uint64_t host_off,
@@ -207,7 +209,7 @@ cdef q2_status punch_freed(ImageState img, q2_runs *freed) noexcept nogil:
         if img.discard_to_host:
             st = img.file.punch_hole(Q2_SITE_PUNCH, freed.run[i].first << cbits,
                                      freed.run[i].n << cbits)
-        img.count.freed += freed.run[i].n
+        q2_count(&img.count.freed, freed.run[i].n)
         i = j
     pthread_rwlock_wrlock(&img.meta)
     for i in range(freed.n):
@@ -389,10 +391,10 @@ cdef q2_status switch_l1(ImageState img, uint64_t *l1, uint64_t host_off, uint32
     img.l1_dirty, dirty = dirty, img.l1_dirty
     img.l1_size = n
     img.l1_offset = host_off
-    img.disk_size = disk_size
-    img.header.fields.l1_size = n
-    img.header.fields.l1_offset = host_off
-    img.header.fields.size = disk_size
+    q2_store(&img.disk_size, disk_size)
+    q2_store32(&img.header.fields.l1_size, n)
+    q2_store(&img.header.fields.l1_offset, host_off)
+    q2_store(&img.header.fields.size, disk_size)
     st = guard_image(img)
     cache_forget_all(&img.l2)
     pthread_rwlock_unlock(&img.meta)

@@ -18,7 +18,7 @@ from qcow2x._core.header cimport Header
 from qcow2x._core.marks cimport marks_set, q2_marks
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.storage cimport Storage
-from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t
+from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t, q2_load
 
 # An allocating write between its plan and its link. It owns guest clusters [first, first + n):
 # whoever would change their mapping waits until it has linked or aborted.
@@ -37,7 +37,7 @@ cdef struct q2_runs:
     q2_run *run
     uint64_t n
     uint64_t room
-    uint64_t clusters           # of all runs together
+    uint64_t clusters           # of all runs together; atomic
 
 # Clusters that hold tables, see overlap.pyx.
 cdef struct q2_guard:
@@ -100,7 +100,6 @@ cdef class ImageState(Storage):
     cdef bint lazy_refcounts        # refcounts wait for the close; till then the dirty bit is set
 
     # Under meta.
-    cdef uint64_t disk_size         # guest bytes
     cdef uint64_t *l1               # host byte order
     cdef uint32_t l1_size           # entries
     cdef uint64_t l1_offset
@@ -109,7 +108,9 @@ cdef class ImageState(Storage):
     cdef uint64_t *rt               # refcount table, host byte order; NULL before it is needed
     cdef uint64_t rt_entries
     cdef uint64_t rt_offset
-    cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place
+    cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place;
+                                    # frozen, commit is enough. So with the fields of `header`, which
+                                    # are looked at without a lock: atomic
     cdef q2_cache l2
     cdef q2_cache refblocks
     cdef uint64_t free_hint         # no host cluster below this one is free
@@ -135,6 +136,7 @@ cdef class ImageState(Storage):
     cdef uint64_t awake_dir_off
 
     # Atomic.
+    cdef uint64_t disk_size         # guest bytes; changed under meta, exclusive
     cdef uint64_t active[2]         # requests that entered during an epoch of this parity
     cdef uint64_t writers           # writing requests under way
     cdef uint64_t host_size         # the file's size as far as this image has seen or grown it
@@ -159,7 +161,7 @@ cdef class ImageState(Storage):
     cdef bint shut                  # the flush at closing was done: nothing touches the file again
     cdef q2_status shut_status      # how that one ended
 
-    cdef q2_counters count          # for stats(): a lost update now and then is no harm
+    cdef q2_counters count          # for stats()
 
     cdef pthread_mutex_t commit
     cdef pthread_rwlock_t meta
@@ -200,11 +202,13 @@ cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil
 cdef inline void note_change(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil:
     cdef uint64_t end
     if img.marks.word is not NULL:
-        end = guest_off + nbytes if guest_off + nbytes < img.disk_size else img.disk_size
+        end = q2_load(&img.disk_size)
+        if end > guest_off + nbytes:
+            end = guest_off + nbytes
         if guest_off < end:
             marks_set(&img.marks, guest_off, end)
 
-# No lock held. Bitmaps that are valid on disk are marked in use, durably.
+# No lock held. Bitmaps that are valid on disk are marked in use, durably; nothing while frozen.
 cdef q2_status wake_bitmaps(ImageState img) noexcept nogil
 
 # No lock held. freeze returns when no write is under way and lets none begin before thaw. Reads go
@@ -229,8 +233,10 @@ cdef void remove_inflight(ImageState img, q2_inflight *w) noexcept nogil
 cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogil
 cdef q2_status runs_append(q2_runs *runs, const q2_runs *more) noexcept nogil
 cdef void runs_clear(q2_runs *runs) noexcept nogil
+# What is in the list, with its memory, becomes out's; whatever that held is not freed.
+cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil
 
-# Whether a write may start: Q2_E_READONLY, Q2_E_BROKEN or Q2_OK.
+# Whether a write may start: Q2_E_CLOSED, Q2_E_READONLY, Q2_E_BROKEN or Q2_OK.
 cdef q2_status may_write(ImageState img) noexcept nogil
 # After a metadata write or a sync failed: no room is retryable, all else poisons.
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil

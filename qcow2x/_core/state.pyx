@@ -108,18 +108,24 @@ cdef q2_status wait_at_gate(ImageState img, uint64_t turn) noexcept nogil:
 
 
 cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
+    cdef bint wanted
     cdef q2_status st = Q2_OK
     if not q2_load(&img.asleep):
         return Q2_OK
     pthread_mutex_lock(&img.commit)
-    if q2_load(&img.asleep):
+    # Whoever froze the writers may be about to put another directory there, and to give back the
+    # place of this one; they ask again once they are let go on.
+    pthread_rwlock_rdlock(&img.meta)
+    wanted = q2_load(&img.asleep) and not img.frozen
+    pthread_rwlock_unlock(&img.meta)
+    if wanted:
         # In place: whichever sectors of it get to the disk, each bitmap is either in use or, as
         # nothing was written since, still right.
         st = img.file.write_at(Q2_SITE_BITMAP_WRITE, img.awake_dir, img.awake_dir_bytes,
                                img.awake_dir_off, WRITE_DEFERRED)
         if st == Q2_OK:
-            img.count.metadata_writes += 1
-            img.count.barriers += 1
+            q2_count(&img.count.metadata_writes, 1)
+            q2_count(&img.count.barriers, 1)
             # Edge: marked in use before anything is written that would make it wrong.
             if q2_keeps(Q2_EDGE_BITMAPS_IN_USE_BEFORE_WRITE):
                 st = img.file.sync(Q2_SITE_BARRIER)
@@ -150,12 +156,15 @@ cdef q2_status freeze(ImageState img) noexcept nogil:
     cdef q2_status st = may_write(img)
     if st != Q2_OK:
         return st
+    # With commit, so that nobody is about to mark bitmaps in use.
+    pthread_mutex_lock(&img.commit)
     pthread_rwlock_wrlock(&img.meta)
     if q2_load(&img.closed):
         st = fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
     else:
         img.frozen = True
     pthread_rwlock_unlock(&img.meta)
+    pthread_mutex_unlock(&img.commit)
     while st == Q2_OK and q2_load(&img.writers) != 0:
         pause_briefly()
     return st
@@ -262,7 +271,7 @@ cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogi
     cdef q2_status st
     if runs.n and runs.run[runs.n - 1].first + runs.run[runs.n - 1].n == first:
         runs.run[runs.n - 1].n += n
-        runs.clusters += n
+        q2_store(&runs.clusters, runs.clusters + n)
         return Q2_OK
     st = reserve_runs(runs, 1)
     if st != Q2_OK:
@@ -270,7 +279,7 @@ cdef q2_status runs_add(q2_runs *runs, uint64_t first, uint64_t n) noexcept nogi
     runs.run[runs.n].first = first
     runs.run[runs.n].n = n
     runs.n += 1
-    runs.clusters += n
+    q2_store(&runs.clusters, runs.clusters + n)
     return Q2_OK
 
 
@@ -281,7 +290,7 @@ cdef q2_status runs_append(q2_runs *runs, const q2_runs *more) noexcept nogil:
     if more.n:
         memcpy(runs.run + runs.n, more.run, more.n * sizeof(q2_run))
         runs.n += more.n
-        runs.clusters += more.clusters
+        q2_store(&runs.clusters, runs.clusters + more.clusters)
     return Q2_OK
 
 
@@ -289,11 +298,22 @@ cdef void runs_clear(q2_runs *runs) noexcept nogil:
     # A list that once grew large does not keep its memory for good.
     if runs.room > 4096:
         free(runs.run)
-        memset(runs, 0, sizeof(q2_runs))
-    runs.n = runs.clusters = 0
+        runs.run = NULL
+        runs.room = 0
+    runs.n = 0
+    q2_store(&runs.clusters, 0)
+
+
+cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil:
+    out[0] = runs[0]
+    runs.run = NULL
+    runs.n = runs.room = 0
+    q2_store(&runs.clusters, 0)
 
 
 cdef q2_status may_write(ImageState img) noexcept nogil:
+    if q2_load(&img.closed):
+        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
     if img.read_only:
         return fail(Q2_E_READONLY, Q2_SITE_NONE, 0, b"image is open read-only")
     if q2_load(&img.broken):

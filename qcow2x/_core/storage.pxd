@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from qcow2x._core.status cimport q2_status
+from qcow2x._core.sync cimport pthread_mutex_t
 
 cdef extern from "qcow2x/plan.h" nogil:
     ctypedef struct q2_extent:
@@ -86,12 +87,13 @@ cdef class FileStorage(Storage):
     cdef int fd
     cdef bint is_block_device
     cdef bint shared_cursor          # the descriptor was handed in: its owner sees our lseek
-    cdef bint closed
-    # What the host turned out not to know; cleared once, never set again.
-    cdef bint can_punch
-    cdef bint can_zero
-    cdef bint can_dsync
-    cdef int32_t sync_errno          # first failure of a buffered sync; later ones repeat it
+    cdef uint32_t closed             # atomic
+    # What the host turned out not to know; cleared once, never set again. Atomic.
+    cdef uint32_t can_punch
+    cdef uint32_t can_zero
+    cdef uint32_t can_dsync
+    cdef pthread_mutex_t sync_lock   # held while syncing; innermost of all locks but the pools'
+    cdef int32_t sync_errno          # under it: first failure of a buffered sync; later ones repeat it
     cdef uint32_t mem_align          # what O_DIRECT asks of memory, at most `align`
     cdef uint64_t file_size          # at least the size as this object has grown it; atomic
     cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones

@@ -9,7 +9,7 @@ import stat as stat_mode
 
 from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport (EBADF, EINTR, EINVAL, ENODEV, ENOSPC, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP,
+from libc.errno cimport (EBADF, EINTR, EIO, EINVAL, ENODEV, ENOSPC, ENOSYS, ENOTTY, ENXIO, EOPNOTSUPP,
                          EPERM)
 from libc.errno cimport errno as c_errno
 from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
@@ -19,6 +19,8 @@ from posix.types cimport off_t
 
 from qcow2x._core.errors cimport check_status, fail, fail_errno
 from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport (pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+                                pthread_mutex_unlock)
 
 from qcow2x._core.opening import (adopt_descriptor, check_mode, is_direct, open_path,
                                   refuse_kind)
@@ -34,6 +36,8 @@ cdef extern from "qcow2x/atomics.h" nogil:
     void q2_store(uint64_t *p, uint64_t v)
     uint64_t q2_add(uint64_t *p, uint64_t v)
     void q2_raise_to(uint64_t *p, uint64_t v)
+    uint32_t q2_load32(const uint32_t *p)
+    void q2_store32(uint32_t *p, uint32_t v)
 
 cdef extern from "qcow2x/iov.h" nogil:
     ctypedef struct q2_iov:
@@ -391,6 +395,7 @@ cdef class FileStorage(Storage):
 
     def __cinit__(self):
         self.fd = -1
+        pthread_mutex_init(&self.sync_lock, NULL)
 
     def __init__(self, source, bint writable=False, str cache="writeback", *,
                  bint create=False, bint exclusive=False):
@@ -408,7 +413,7 @@ cdef class FileStorage(Storage):
         self.read_only = not writable
         self.ignore_sync = cache == "unsafe"
         self.durable_writes = cache in ("writethrough", "directsync")
-        self.can_punch = self.can_zero = self.can_dsync = True
+        self.can_punch = self.can_zero = self.can_dsync = 1
 
     def _inspect(self, bint direct):
         """Learn what the descriptor is; only a regular file or block device will do."""
@@ -432,6 +437,7 @@ cdef class FileStorage(Storage):
         cdef void *buf
         if self.fd >= 0:
             c_close(self.fd)
+        pthread_mutex_destroy(&self.sync_lock)
         if self.edges is not NULL:
             pthread_rwlock_destroy(<pthread_rwlock_t *>self.edges)
             free(self.edges)
@@ -447,21 +453,21 @@ cdef class FileStorage(Storage):
 
         Does not flush: what was written is then as durable as the kernel happens to make it.
         """
-        if self.fd >= 0 and not self.closed:
-            self.closed = True
+        if self.fd >= 0 and not q2_load32(&self.closed):
+            q2_store32(&self.closed, 1)
             if q2_retire_fd(self.fd) != 0:
                 raise OSError(c_errno, os.strerror(c_errno), self.name)
 
     def fileno(self):
         """The descriptor, to lock or stat the file by; it stays this object's."""
-        if self.closed:
+        if q2_load32(&self.closed):
             raise ValueError(f"{self.name}: the storage is closed")
         return self.fd
 
     @property
     def is_closed(self):
         """Whether :meth:`close` was called."""
-        return self.closed
+        return q2_load32(&self.closed) != 0
 
     @property
     def is_device(self):
@@ -480,7 +486,7 @@ cdef class FileStorage(Storage):
     cdef q2_status get_size(self, uint64_t *nbytes) noexcept nogil:
         cdef c_stat status
         cdef int64_t size = -1
-        if self.closed:
+        if q2_load32(&self.closed):
             # The descriptor that stands in the place of a closed one still has a size.
             return fail_here(self, EBADF, Q2_SITE_NONE, 0, b"cannot learn the size")
         if self.is_block_device:
@@ -531,7 +537,7 @@ cdef class FileStorage(Storage):
         cdef size_t nbytes = q2_iov_bytes(iov, iovcnt)
         cdef bint durable = not self.ignore_sync and (
             flags & WRITE_FUA or (self.durable_writes and not flags & WRITE_DEFERRED))
-        cdef bint dsync = durable and self.can_dsync
+        cdef bint dsync = durable and q2_load32(&self.can_dsync)
         cdef q2_status rc
         if self.read_only:
             return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
@@ -554,17 +560,22 @@ cdef class FileStorage(Storage):
 
     cdef q2_status sync(self, int32_t site) noexcept nogil:
         cdef uint64_t seq = q2_load(&self.write_seq)
+        cdef q2_status rc = Q2_OK
         # Once a sync failed, the kernel forgets the pages it could not write and the next sync
-        # would claim success for them. (O_DIRECT data never was in its hands.)
+        # would claim success for them, also one that runs beside it: so one at a time. (O_DIRECT
+        # data never was in its hands.)
+        pthread_mutex_lock(&self.sync_lock)
         if self.sync_errno != 0:
-            return fail_here(self, self.sync_errno, site, 0, b"an earlier flush failed")
-        while not self.ignore_sync and c_fdatasync(self.fd) != 0:
+            rc = fail_here(self, self.sync_errno, site, 0, b"an earlier flush failed")
+        while rc == Q2_OK and not self.ignore_sync and c_fdatasync(self.fd) != 0:
             if c_errno != EINTR:
-                if self.bounce is NULL and not self.closed:
+                if self.bounce is NULL and not q2_load32(&self.closed):
                     self.sync_errno = c_errno
-                return fail_here(self, c_errno, site, 0, b"flush failed")
-        self.note_sync(seq)
-        return Q2_OK
+                rc = fail_here(self, c_errno, site, 0, b"flush failed")
+        pthread_mutex_unlock(&self.sync_lock)
+        if rc == Q2_OK:
+            self.note_sync(seq)
+        return rc
 
     # -- size and space --
 
@@ -594,7 +605,7 @@ cdef class FileStorage(Storage):
     cdef q2_status punch_hole(self, int32_t site, uint64_t off, uint64_t nbytes) noexcept nogil:
         if self.read_only:
             return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
-        if not self.can_punch or nbytes == 0:
+        if not q2_load32(&self.can_punch) or nbytes == 0:
             return Q2_OK
         cdef int failure = fallocate_range(self, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off,
                                            nbytes)
@@ -604,7 +615,7 @@ cdef class FileStorage(Storage):
         if host_cannot(failure):
             # EINVAL is a matter of this one range (a device's own alignment), not of the host.
             if failure != EINVAL:
-                self.can_punch = False
+                q2_store32(&self.can_punch, 0)
             return Q2_OK
         return fail_here(self, failure, site, off, b"cannot give space back to the host")
 
@@ -619,7 +630,7 @@ cdef class FileStorage(Storage):
             return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
         if nbytes == 0:
             return Q2_OK
-        if flags & ZERO_MAY_UNMAP and self.can_punch:
+        if flags & ZERO_MAY_UNMAP and q2_load32(&self.can_punch):
             failure = fallocate_range(self, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, off, nbytes)
             if failure == 0 and not self.is_block_device:
                 # A hole never extends the file. Zeros at the end do, and unlike ftruncate they
@@ -630,10 +641,10 @@ cdef class FileStorage(Storage):
                 if end > size:
                     last = max(off, (end - 1) & ~<uint64_t>511)
                     return Storage.zero_range(self, site, last, end - last, 0)
-        elif self.can_zero:
+        elif q2_load32(&self.can_zero):
             failure = fallocate_range(self, FALLOC_FL_ZERO_RANGE, off, nbytes)
             if failure in (EOPNOTSUPP, ENOSYS, ENODEV):
-                self.can_zero = False
+                q2_store32(&self.can_zero, 0)
         if failure == 0:
             q2_raise_to(&self.file_size, end)
             self.note_write()
@@ -679,7 +690,7 @@ cdef inline bint host_cannot(int number) noexcept nogil:
 
 cdef q2_status fail_here(FileStorage self, int number, int32_t site, uint64_t off,
                          const char *what) noexcept nogil:
-    if number == EBADF and self.closed:
+    if number == EBADF and q2_load32(&self.closed):
         return fail(Q2_E_CLOSED, site, off, b"the storage is closed")
     return fail_errno(number, site, off, what)
 
@@ -710,7 +721,7 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
     cdef iovec part[IOV_BATCH]
     cdef q2_iov at = q2_iov_start(iov, iovcnt)
     cdef ssize_t done
-    cdef int n
+    cdef int n, failure
     q2_iov_advance(&at, 0)
     while at.n > 0:
         n = min(at.n, <int>IOV_BATCH)
@@ -728,10 +739,16 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
         elif done == 0:
             return fail_errno(ENOSPC, site, off, b"the storage takes no more bytes")
         elif dsync[0] and (c_errno == EOPNOTSUPP or c_errno == ENOSYS):
-            self.can_dsync = False
+            q2_store32(&self.can_dsync, 0)
             dsync[0] = False
         elif c_errno != EINTR:
-            return fail_here(self, c_errno, site, off, b"write failed")
+            failure = c_errno
+            if failure == EIO and dsync[0] and self.bounce is NULL:
+                # It may have been told of a page of somebody else's, and a sync would not be again.
+                pthread_mutex_lock(&self.sync_lock)
+                self.sync_errno = failure
+                pthread_mutex_unlock(&self.sync_lock)
+            return fail_here(self, failure, site, off, b"write failed")
     return Q2_OK
 
 

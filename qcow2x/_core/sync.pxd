@@ -1,5 +1,5 @@
 # Atomics and the POSIX locks the core uses. No .pyx: nothing to compile.
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef extern from "qcow2x/atomics.h" nogil:
     uint64_t q2_load(const uint64_t *p)
@@ -9,7 +9,10 @@ cdef extern from "qcow2x/atomics.h" nogil:
     void q2_set_bits(uint64_t *p, uint64_t bits)
     void q2_raise_to(uint64_t *p, uint64_t v)
     void q2_touch(uint8_t *p)
-    void q2_count(uint64_t *p)
+    void q2_count(uint64_t *p, uint64_t n)
+    uint32_t q2_load32(const uint32_t *p)
+    void q2_store32(uint32_t *p, uint32_t v)
+    uint64_t q2_look(const uint64_t *p)
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:

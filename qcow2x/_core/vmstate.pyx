@@ -10,12 +10,14 @@ from qcow2x._core.resize cimport grow_l1
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.state cimport may_write
 from qcow2x._core.status cimport *
+from qcow2x._core.sync cimport q2_load
 from qcow2x._core.wire cimport Q2_MAX_L1_BYTES
 from qcow2x._core.write cimport write_guest
 
 
 cdef uint64_t vmstate_at(ImageState img) noexcept nogil:
-    return l1_entries_for(&img.geo, img.disk_size) << (img.geo.cluster_bits + img.geo.l2_bits)
+    return l1_entries_for(&img.geo, q2_load(&img.disk_size)) << (
+        img.geo.cluster_bits + img.geo.l2_bits)
 
 
 cdef q2_status has_vmstate(ImageState img) noexcept nogil:

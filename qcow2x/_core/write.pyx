@@ -493,7 +493,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
 cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbytes) noexcept nogil:
     cdef q2_write w
     cdef uint64_t end = round_up(guest_off + nbytes, img.geo.cluster_size)
-    cdef uint64_t run
+    cdef uint64_t run, disk
     cdef uint32_t parity = 0
     cdef q2_status st = may_write(img)
     if st == Q2_OK and is_encrypted(img) and img.geo.version < 3:
@@ -517,9 +517,10 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
         w.flag_zeros = is_encrypted(img)
         if img.geo.external_data:
             # A new data file, or what discards left there: zeros, holes where the host can.
+            disk = q2_load(&img.disk_size)
             st = img.data.zero_range(Q2_SITE_PREALLOCATE, w.host_off,
-                                     run if w.host_off + run <= img.disk_size
-                                     else img.disk_size - w.host_off, ZERO_MAY_UNMAP)
+                                     run if w.host_off + run <= disk
+                                     else disk - w.host_off, ZERO_MAY_UNMAP)
         elif w.fresh:
             # The file must reach as far as its mappings say, or check calls them corrupt. A write
             # at the end cannot cut off what others append meanwhile, as a truncate could.

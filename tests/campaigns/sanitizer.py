@@ -33,7 +33,10 @@ KINDS = {
         "thread",
         ("libtsan.so",),
         # ${QCOW2X_TSAN}: where its reports go, as campaigns/race.py says.
-        {"TSAN_OPTIONS": "halt_on_error=0:exitcode=66:history_size=4:${QCOW2X_TSAN}"},
+        {
+            "TSAN_OPTIONS": "halt_on_error=0:exitcode=66:history_size=4:second_deadlock_stack=1:"
+            f"suppressions={Path(__file__).with_name('tsan.supp')}:${{QCOW2X_TSAN}}"
+        },
     ),
 }
 
