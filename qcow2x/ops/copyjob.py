@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from qcow2x.errors import Cancelled, Qcow2Error
 from qcow2x.ops.disk import SECTOR, extents_of, image_of, read_padded
+from qcow2x.ops.offload import copy_range, is_in_page_cache
 from qcow2x.ops.pipeline import Pipeline
 from qcow2x.ops.rate import RateLimit
 from qcow2x.types import Extent, Progress
@@ -21,6 +22,10 @@ PACKED, OFFLOAD, LOST, FAILED = "packed", "offload", "lost", "failed"
 #: Bytes of guest data in one task: long enough that a task's fixed cost does not show, short
 #: enough that tasks stay in the processor's cache and a cancel is answered at once.
 TASK_BYTES = 1 << 20
+#: A file in the page cache is written in pieces of this: the kernel makes a folio of the size of an
+#: aligned write, and looks longer for free memory of 1 MiB in a row than the copying takes (1.5 GiB
+#: into a new file: 2.0 to 4.0 s in pieces of 1 MiB, 0.7 s in pieces of 256 KiB, as of 128 KiB).
+CACHED_PIECE = 256 << 10
 #: Runs in one task, for sources of many small ones.
 TASK_RUNS = 128
 #: A zero run is written in pieces of this, so that it can be cancelled between them.
@@ -153,6 +158,7 @@ class CopyJob:
         #: Tasks are cut on multiples of this, so that no cluster is decoded for two of them.
         self.cut = max(unit, getattr(source, "cluster_size", 1) or 1)
         self.task_bytes = max(TASK_BYTES, self.cut)
+        self.write_piece = CACHED_PIECE if is_in_page_cache(target) else self.task_bytes
         self.min_zero = self.grain if compress else min(max(sparse_size, self.grain), TASK_BYTES)
 
         self.counters = threading.Lock()
@@ -373,8 +379,6 @@ class CopyJob:
             writes.append((LOST, offset, Damage(offset, "data", exc)))
 
     def _copied_inside_the_kernel(self, offset: int, length: int) -> bool:
-        from qcow2x.ops.offload import copy_range
-
         if self.rate is not None:
             self.rate.take(length)
         if not copy_range(self.source, offset, length, self.target):
@@ -446,7 +450,8 @@ class CopyJob:
         if self.rate is not None:
             self.rate.take(len(what))
         if kind == DATA:
-            self.target.pwrite(what, offset)
+            for at in range(0, len(what), self.write_piece):
+                self.target.pwrite(what[at : at + self.write_piece], offset + at)
         else:
             self.image.write_compressed_batch(packed[0], packed[1], what, offset)
 

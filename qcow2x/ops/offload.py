@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,12 @@ def plain_file(disk: Any) -> int | None:
         return None
     storage = getattr(disk, "storage", None) or getattr(disk, "_storage", None)
     return storage.fileno() if isinstance(storage, FileStorage) else None
+
+
+def is_in_page_cache(disk: Any) -> bool:
+    """Whether *disk* is a plain file that is written through the page cache."""
+    fd = plain_file(disk)
+    return fd is not None and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
 
 
 def copy_range(source: Any, offset: int, length: int, target: Any) -> bool:
