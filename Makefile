@@ -7,6 +7,7 @@
 # make reliability                                 all of them; their figures become docs/reliability.md
 # make soak SECONDS=600 (or OPERATIONS=1000000)    random operations beside a model
 # make fuzz SECONDS=600                            damaged images, guided by what they lead to
+# make fuzz-qemu SECONDS=600                       QEMU's own image fuzzer, on our programs
 # make race SECONDS=60                             threads of every kind on one image
 # make asan SECONDS=600 (or TESTS=test_header.py)  tests and soak, the core watched by sanitizers
 # make instructions  what the paths that only compute take, beside the committed counts
@@ -31,7 +32,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := setup.py pyproject.toml MANIFEST.in $(wildcard README.md) \
 	$(shell find build_support include third_party qcow2x -type f -not -name '*.so' -not -name '*.pyc')
 
-.PHONY: demo test man iotests iotests-matrix crash faults mutants reliability soak fuzz race asan build wheel sdist bench instructions lint deps clean
+.PHONY: demo test man iotests iotests-matrix crash faults mutants reliability soak fuzz fuzz-qemu race asan build wheel sdist bench instructions lint deps clean
 
 demo: $(VENV)/.installed
 	@$(PYTHON) scripts/install_needs.py demo
@@ -85,6 +86,12 @@ soak: $(VENV)/.installed
 fuzz: $(VENV)/.ready
 	@$(PYTHON) scripts/install_needs.py build test
 	cd tests && $(BIN)/python -m campaigns.fuzz --seconds $(or $(SECONDS),600) --seed $(or $(SEED),0) $(ARGS)
+
+# Fetched as for iotests, or in SOURCE=DIR. Images and logs of what it finds lie in build/fuzz/qemu;
+# SEED=N IMAGES=1 makes image N again.
+fuzz-qemu: $(VENV)/.ready
+	@$(PYTHON) scripts/install_needs.py build test
+	cd tests && $(BIN)/python -m campaigns.fuzz.qemu $(if $(SOURCE),--source $(abspath $(SOURCE))) $(if $(IMAGES),--images $(IMAGES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0) $(ARGS)
 
 # A build of its own, below build/tsan.
 race: $(VENV)/.ready

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from campaigns import crash, faults, mutants
+from campaigns.fuzz import qemu
 from campaigns.power import SECTOR, Machine, unsynced
 
 import qcow2x
@@ -101,3 +104,28 @@ def test_a_python_storage_may_promise_zeros_past_its_end() -> None:
             assert image.pread(3 * SECTOR, 0) == bytes(SECTOR) + b"x" * SECTOR + bytes(SECTOR)
             written[promise] = longest, file.size()
     assert written[True] != written[False]
+
+
+def test_qemus_fuzzer_hears_of_more_than_signals(tmp_path: Path) -> None:
+    watch = qemu.Watch()
+    path = tmp_path / "disk.qcow2"
+    log = io.StringIO()
+    assert watch.run_app(log, ["qemu-img", "create", "-f", "qcow2", str(path), "1M"]) == 0
+    assert watch.run_app(log, ["qemu-img", "check", "-f", "qcow2", str(path)]) == 0
+    assert "No errors were found" in log.getvalue()
+    assert watch.run_app(log, ["qemu-io", str(path), "-c", "write 0 4k"]) == 0
+    assert watch.run_app(log, ["qemu-img", "info", str(tmp_path / "missing")]) == 1
+    assert not watch.wrong
+    watch.programs["qemu-img"] = lambda words: os.kill(os.getpid(), signal.SIGKILL)
+    assert watch.run_app(log, ["qemu-img", "info", str(path)]) == -6
+    watch.programs["qemu-img"] = lambda words: 1 // 0
+    assert watch.run_app(log, ["qemu-img", "info", str(path)]) == -6
+    watch.programs["qemu-img"] = lambda words: 3
+    assert watch.run_app(log, ["qemu-img", "check", str(path)]) == 3
+    assert watch.run_app(log, ["qemu-img", "info", str(path)]) == -6
+    assert [what.split(":")[0] for what in watch.wrong] == [
+        "died of SIGKILL",
+        "a traceback",
+        "exit status 3",
+    ]
+    assert qemu.wrong_with(["qemu-img", "info"], 0, "", qemu.MEMORY + 1)

@@ -18,7 +18,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from campaigns.workloads import WORKLOADS, Corrupt, Files, Lost
+from campaigns.catalog import WORKLOADS
+from campaigns.workloads import Corrupt, Files, Lost
 
 #: Random states in front of each flush, besides those that are enumerated.
 SAMPLES = 4

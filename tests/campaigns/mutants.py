@@ -183,8 +183,9 @@ def look_for(edge: str, states: int, seconds: float) -> Found:
     """In a process of its own, in which the edge is left out before anything is imported."""
     if ":" in edge:
         sys.meta_path.insert(0, _Finder(edge))
+    from campaigns.catalog import WORKLOADS
     from campaigns.crash import SAMPLES
-    from campaigns.workloads import WORKLOADS, Corrupt, Lost
+    from campaigns.workloads import Corrupt, Lost
 
     first = [name for key, names in FIRST.items() if key in edge for name in names]
     order = [name for name in first if name in WORKLOADS]

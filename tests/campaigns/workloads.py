@@ -4,7 +4,6 @@ returns how to tell whether a cut of power left what must be left."""
 from __future__ import annotations
 
 import random
-import struct
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ class Case(NamedTuple):
     verify: Callable[[State], Files]
 
 
-def _sound(image: qcow2x.Image, *, but_for_flags: bool = False) -> None:
+def sound(image: qcow2x.Image, *, but_for_flags: bool = False) -> None:
     found = image.check()
     if found.corruptions or found.check_errors:
         bad = [finding for finding in found.findings if finding.kind != "leak"]
@@ -59,7 +58,7 @@ def _sound(image: qcow2x.Image, *, but_for_flags: bool = False) -> None:
         raise Corrupt(f"{len(bad)} findings, the first: {bad[0]}")
 
 
-def _file(data: bytes) -> RecordedFile:
+def recorded(data: bytes) -> RecordedFile:
     return Machine().file(data)
 
 
@@ -68,7 +67,7 @@ def _reopened(file: RecordedFile, **options: Any) -> qcow2x.Image:
     return qcow2x.open(file, "r+", **options)
 
 
-def _disk(image: qcow2x.Image) -> bytes:
+def whole_disk(image: qcow2x.Image) -> bytes:
     return image.pread(image.size, 0)
 
 
@@ -96,10 +95,10 @@ def _guest_case(
     under: dict[str, Any] = {}
     if backing is not None:
         options |= {"backing_file": "base.raw", "backing_format": "raw"}
-        under["backing"] = _file(backing)
+        under["backing"] = recorded(backing)
     start = prepare(size, filled=filled, under=under, **options)
     if before is not None:
-        file = _file(start)
+        file = recorded(start)
         with qcow2x.open(file, "r+", **under) as image:
             before(image)
         start = bytes(file.data)
@@ -117,10 +116,10 @@ def _guest_case(
     guest.settle()
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with _reopened(disk, **under) as found:
-            _sound(found)
-            guest.verify(state.happened, _disk(found))
+            sound(found)
+            guest.verify(state.happened, whole_disk(found))
             if _snapshots(found) != frozen:
                 raise Lost("a snapshot reads differently")
             if frozen:
@@ -134,7 +133,7 @@ def _snapshots(image: qcow2x.Image) -> dict[str, bytes]:
     found = {}
     for snapshot in image.snapshots:
         with image.snapshots.open(snapshot.id) as then:
-            found[snapshot.name] = _disk(then)
+            found[snapshot.name] = whole_disk(then)
     return found
 
 
@@ -142,7 +141,7 @@ def _stands_apart(image: qcow2x.Image, frozen: dict[str, bytes]) -> None:
     """Nothing that is written to the disk from now on shows in its snapshots."""
     disk = stamped(0, image.size, 9 << 40)
     image.pwrite(disk, 0)
-    if _disk(image) != disk:
+    if whole_disk(image) != disk:
         raise Corrupt("what is written to the disk does not stay there")
     if _snapshots(image) != frozen:
         raise Corrupt("a write to the disk changed a snapshot")
@@ -253,7 +252,7 @@ def discard_and_reuse(rng: random.Random) -> Case:
 
 
 def encrypted_guest(rng: random.Random) -> Case:
-    start = _file(b"")
+    start = recorded(b"")
     qcow2x.create(start, SIZE, cluster_size=4096, encryption=_luks("one"))
     machine = Machine()
     cache = rng.choice(CACHES)
@@ -264,10 +263,10 @@ def encrypted_guest(rng: random.Random) -> Case:
     guest.settle()
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with _reopened(disk, key="one") as found:
-            _sound(found)
-            guest.verify(state.happened, _disk(found))
+            sound(found)
+            guest.verify(state.happened, whole_disk(found))
         # QEMU opens it with its key only.
         return {}
 
@@ -278,11 +277,11 @@ def external_data_file(rng: random.Random) -> Case:
     """The mapping in one file, the bytes in another: each is flushed on its own."""
     shape = rng.choice(("512", "4096-zstd", "extended-l2"))
     options = {k: v for k, v in SHAPES[shape].items() if k != "compression_type"}
-    start = _file(b"")
+    start = recorded(b"")
     with tempfile.TemporaryDirectory() as folder:
         # Making an image makes its data file; only the name is kept.
         qcow2x.create(start, SIZE, data_file=f"{folder}/data.raw", **options)
-    with qcow2x.open(start, "r+", data_file=_file(bytes(SIZE))) as image:
+    with qcow2x.open(start, "r+", data_file=recorded(bytes(SIZE))) as image:
         qcow2x.amend(image, data_file="data.raw")
     machine = Machine()
     # What lies where nothing is mapped must never be seen.
@@ -296,10 +295,10 @@ def external_data_file(rng: random.Random) -> Case:
     guest.settle()
 
     def verify(state: State) -> Files:
-        disk, data = _file(state.files[0]), _file(state.files[1])
+        disk, data = recorded(state.files[0]), recorded(state.files[1])
         with _reopened(disk, data_file=data) as found:
-            _sound(found)
-            guest.verify(state.happened, _disk(found))
+            sound(found)
+            guest.verify(state.happened, whole_disk(found))
         return {"disk.qcow2": disk.data, "data.raw": data.data}
 
     return Case(machine, f"{shape} {cache}", verify)
@@ -308,9 +307,9 @@ def external_data_file(rng: random.Random) -> Case:
 # ---- Steps that have two sides: before and after ----
 
 
-def _worn(rng: random.Random, shape: str) -> bytes:
+def worn(rng: random.Random, shape: str) -> bytes:
     """An image with data, a compressed cluster, two snapshots and changes since."""
-    file = _file(prepare(SIZE, **SHAPES[shape]))
+    file = recorded(prepare(SIZE, **SHAPES[shape]))
     with qcow2x.open(file, "r+") as image:
         image.snapshots.create("kept")
         image.pwrite(stamped(4 * KiB, 8 * KiB, rng.randrange(1 << 30)), 4 * KiB)
@@ -323,19 +322,19 @@ def _worn(rng: random.Random, shape: str) -> bytes:
 def _step_case(rng: random.Random, step: Callable[[qcow2x.Image], object]) -> Case:
     shape = rng.choice(COUNTING)
     machine = Machine()
-    with qcow2x.open(machine.file(_worn(rng, shape)), "r+") as image:
-        before = (_disk(image), _snapshots(image))
+    with qcow2x.open(machine.file(worn(rng, shape)), "r+") as image:
+        before = (whole_disk(image), _snapshots(image))
         began = machine.now
         step(image)
         done = machine.now
-        after = (_disk(image), _snapshots(image))
+        after = (whole_disk(image), _snapshots(image))
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with _reopened(disk) as found:
-            content = (_disk(found), _snapshots(found))
-            _sound(found, but_for_flags=shape == "v2")
-        written_to = _file(disk.data)
+            content = (whole_disk(found), _snapshots(found))
+            sound(found, but_for_flags=shape == "v2")
+        written_to = recorded(disk.data)
         with _reopened(written_to) as found:
             _stands_apart(found, content[1])
         if content != after or state.happened <= began:
@@ -346,8 +345,8 @@ def _step_case(rng: random.Random, step: Callable[[qcow2x.Image], object]) -> Ca
             # in two sectors, do not match they are not mended unasked. No harm comes of it.
             qcow2x.check(disk, repair="all")
             with qcow2x.open(disk) as found:
-                _sound(found)
-                if (_disk(found), _snapshots(found)) != content:
+                sound(found)
+                if (whole_disk(found), _snapshots(found)) != content:
                     raise Lost("mending the flags changed what is read")
         return {"disk.qcow2": disk.data}
 
@@ -394,25 +393,25 @@ def resize(rng: random.Random) -> Case:
     filled = rng.choice((1.0, 0.3))
     image = qcow2x.open(machine.file(prepare(SIZE, filled=filled, **SHAPES[shape])), "r+")
     # (log length when the change began, when it was durable, the disk then)
-    disks = [(0, 0, _disk(image))]
+    disks = [(0, 0, whole_disk(image))]
     for _ in range(4):
         # One sector, which is written or not; the resize makes it durable.
         at = rng.randrange(image.size // 512) * 512
         size = rng.randrange(16, 400) * 512
         began = machine.now
         image.pwrite(stamped(at, 512, began), at)
-        written = _disk(image)
+        written = whole_disk(image)
         resizing = machine.now
         image.resize(size, shrink=True)
         disks.append((began, machine.now, written))
-        disks.append((resizing, machine.now, _disk(image)))
+        disks.append((resizing, machine.now, whole_disk(image)))
     image.close()
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with _reopened(disk) as found:
-            _sound(found)
-            content = _disk(found)
+            sound(found)
+            content = whole_disk(found)
             found.resize(len(content) + 64 * KiB)
             if any(found.pread(64 * KiB, len(content))):
                 raise Lost("what was behind the end of the disk is back")
@@ -446,20 +445,20 @@ def unknown_feature(rng: random.Random) -> Case:
     start[_AUTOCLEAR_AT] |= 0x40
     machine = Machine()
     image = qcow2x.open(machine.file(bytes(start)), "r+")
-    before = _disk(image)
+    before = whole_disk(image)
     guest = Guest(machine, image, rng)
     guest.work(12, {"write": 5, "zero": 1, "flush": 1})
     image.close()
     guest.settle()
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with qcow2x.open(disk) as found:
-            if state.files[0][_AUTOCLEAR_AT] and _disk(found) != before:
+            if state.files[0][_AUTOCLEAR_AT] and whole_disk(found) != before:
                 raise Lost("a feature's promise stands and is broken")
         with _reopened(disk) as found:
-            _sound(found)
-            guest.verify(state.happened, _disk(found))
+            sound(found)
+            guest.verify(state.happened, whole_disk(found))
         return {"disk.qcow2": disk.data}
 
     return Case(machine, shape, verify)
@@ -479,13 +478,13 @@ def bitmaps(rng: random.Random) -> Case:
         # Its name lies where the header gets an extension.
         backing = "base.raw"
         options |= {"backing_file": backing, "backing_format": "raw"}
-        under["backing"] = _file(stamped(0, SIZE, 7 << 40))
+        under["backing"] = recorded(stamped(0, SIZE, 7 << 40))
     machine = Machine()
     image = qcow2x.open(machine.file(prepare(SIZE, under=under, **options)), "r+", **under)
     guest = Guest(machine, image, rng)
     guest.work(3, {"write": 1})
     # What a new bitmap calls clean is as it is now, whatever happens.
-    began = _disk(image)
+    began = whole_disk(image)
     image.bitmaps.add("since", 512)
     guest.settle()
     added = machine.now
@@ -499,10 +498,10 @@ def bitmaps(rng: random.Random) -> Case:
     closed = machine.now
 
     def verify(state: State) -> Files:
-        disk = _file(state.files[0])
+        disk = recorded(state.files[0])
         with _reopened(disk, **under) as found:
-            _sound(found)
-            content = _disk(found)
+            sound(found)
+            content = whole_disk(found)
             guest.verify(state.happened, content)
             if found.info().backing_filename != backing:
                 raise Lost("the name of the backing file is gone")
@@ -536,14 +535,14 @@ def checkpoint(rng: random.Random) -> Case:
     shapes = rng.sample([name for name in SHAPES if name != "v2"], 3)
     files = [machine.file(prepare(SIZE, **SHAPES[shape])) for shape in shapes]
     images = [qcow2x.open(file, "r+") for file in files]
-    disks = [_disk(image) for image in images]
+    disks = [whole_disk(image) for image in images]
     qcow2x.checkpoint(images, "monday", granularity=512)
     done = machine.now
     for image in images:
         image.close()
 
     def verify(state: State) -> Files:
-        left = [_file(data) for data in state.files]
+        left = [recorded(data) for data in state.files]
         found = [_reopened(file) for file in left]
         try:
             qcow2x.settle_checkpoints(found)
@@ -551,8 +550,8 @@ def checkpoint(rng: random.Random) -> Case:
             if len(have) != 1 or (state.happened >= done and have != {True}):
                 raise Lost("the checkpoint is in some of the images only")
             for image, disk in zip(found, disks, strict=True):
-                _sound(image)
-                if _disk(image) != disk:
+                sound(image)
+                if whole_disk(image) != disk:
                     raise Lost("the disk changed")
         finally:
             for image in found:
@@ -578,7 +577,7 @@ class _Layers:
         file.truncate(file.size())
 
     def left_by(self, state: State) -> dict[str, RecordedFile]:
-        return {name: _file(data) for name, data in zip(self.names, state.files, strict=True)}
+        return {name: recorded(data) for name, data in zip(self.names, state.files, strict=True)}
 
 
 def _among(files: dict[str, RecordedFile]) -> dict[str, Any]:
@@ -596,9 +595,9 @@ def _chain(rng: random.Random, *, depth: int) -> tuple[dict[str, bytes], str]:
         name = f"{level}.{'raw' if shape == 'raw' else 'qcow2'}"
         size = rng.choice((SIZE, SIZE, SIZE // 2 + 512, SIZE + 16 * KiB))
         if shape == "raw":
-            files[name] = _file(stamped(0, size, (level + 1) << 40))
+            files[name] = recorded(stamped(0, size, (level + 1) << 40))
         else:
-            files[name] = file = _file(b"")
+            files[name] = file = recorded(b"")
             qcow2x.create(file, size, **SHAPES[shape], **below)
             with qcow2x.open(file, "r+", **_among(files)) as image:
                 _change_here_and_there(image, rng, (level + 1) << 40)
@@ -625,8 +624,8 @@ def commit(rng: random.Random) -> Case:
     chain = _Layers(machine, start)
     number = rng.randrange(1, len(chain.names))
     base, top = chain.names[-1 - number], chain.names[-1]
-    with qcow2x.open(_file(start[top]), **_among(chain.files)) as image:
-        disk = _disk(image)
+    with qcow2x.open(recorded(start[top]), **_among(chain.files)) as image:
+        disk = whole_disk(image)
     drop = number > 1 or rng.random() < 0.3
     qcow2x.commit(
         chain.files[top],
@@ -644,9 +643,9 @@ def commit(rng: random.Random) -> Case:
         for name in chain.names:
             if name.endswith(".qcow2"):
                 with _reopened(files[name], **_among(files)) as image:
-                    _sound(image)
+                    sound(image)
         with qcow2x.open(files[top], **_among(files)) as image:
-            if _disk(image) != disk:
+            if whole_disk(image) != disk:
                 raise Lost("the overlay reads differently")
             if state.happened > done and not drop and any(e.depth == 0 for e in image.extents()):
                 raise Lost("the overlay was emptied and is not empty")
@@ -661,7 +660,7 @@ def _read(file: RecordedFile, name: str, files: dict[str, RecordedFile]) -> byte
     if name.endswith(".raw"):
         return bytes(file.data)
     with qcow2x.open(file, **_among(files)) as image:
-        return _disk(image)
+        return whole_disk(image)
 
 
 def rebase(rng: random.Random) -> Case:
@@ -676,8 +675,8 @@ def rebase(rng: random.Random) -> Case:
     chain = _Layers(machine, start)
     base, top, other = chain.names[0], chain.names[2], chain.names[3]
     name = {"other": other, "base": base, "none": None}[new]
-    with qcow2x.open(_file(start[top]), **_among(chain.files)) as image:
-        disk = _disk(image)
+    with qcow2x.open(recorded(start[top]), **_among(chain.files)) as image:
+        disk = whole_disk(image)
     compress = rng.random() < 0.3
     qcow2x.rebase(
         chain.files[top],
@@ -694,8 +693,8 @@ def rebase(rng: random.Random) -> Case:
     def verify(state: State) -> Files:
         files = chain.left_by(state)
         with _reopened(files[top], **_among(files)) as image:
-            _sound(image)
-            if _disk(image) != disk:
+            sound(image)
+            if whole_disk(image) != disk:
                 raise Lost("the image reads differently")
             if state.happened > done and image.info().backing_filename != name:
                 raise Lost("the backing file is not the new one")
@@ -704,48 +703,7 @@ def rebase(rng: random.Random) -> Case:
     return Case(machine, f"{detail} / {more}, {new}{' compressed' if compress else ''}", verify)
 
 
-# ---- Repair and key slots ----
-
-
-def repair(rng: random.Random) -> Case:
-    """A repair that was cut short can be done again, and shows what it would have shown."""
-    shape = rng.choice(COUNTING)
-    start = bytearray(_worn(rng, shape))
-    cluster = SHAPES[shape]["cluster_size"]
-    # Refcounts are what a repair can always tell anew: some go, some are noise.
-    table = int.from_bytes(start[48:56], "big")
-    block = int.from_bytes(start[table : table + 8], "big")
-    for _ in range(rng.randrange(1, 12)):
-        at = block + rng.randrange(min(cluster, len(start) - block))
-        start[at] = rng.randrange(256)
-    if rng.random() < 0.6:
-        _claim_a_table(start)
-    machine = Machine()
-    file = machine.file(bytes(start))
-    with qcow2x.open(_file(bytes(start))) as image:
-        before = _disk(image)
-    qcow2x.check(file, repair="all")
-    done = machine.now
-
-    def verify(state: State) -> Files:
-        disk = _file(state.files[0])
-        if state.happened < done:
-            qcow2x.check(disk, repair="all")
-        with qcow2x.open(disk) as found:
-            _sound(found)
-            if _disk(found) != before:
-                raise Lost("the repair changed what the guest reads")
-        return {"disk.qcow2": disk.data}
-
-    return Case(machine, shape, verify)
-
-
-def _claim_a_table(image: bytearray) -> None:
-    """An L2 table lies in a cluster that the guest can read as well: the repair copies it."""
-    entries, l1 = struct.unpack_from(">IQ", image, 36)
-    if entries > 1:
-        one, other = struct.unpack_from(">QQ", image, l1)
-        struct.pack_into(">Q", image, (one & (1 << 56) - 512) + 24, other)
+# ---- Key slots ----
 
 
 def _luks(secret: str) -> Encryption:
@@ -755,11 +713,11 @@ def _luks(secret: str) -> Encryption:
 
 def key_slots(rng: random.Random) -> Case:
     """At every instant some known passphrase opens the image, and an erased one never again."""
-    start = _file(b"")
+    start = recorded(b"")
     qcow2x.create(start, 8 * KiB, cluster_size=4096, encryption=_luks("one"))
     with qcow2x.open(start, "r+", key="one") as image:
         image.pwrite(stamped(0, 8 * KiB, 1), 0)
-        disk = _disk(image)
+        disk = whole_disk(image)
     machine = Machine()
     file = machine.file(bytes(start.data))
     qcow2x.amend(file, key="one", new_key="two", iter_time_ms=1)
@@ -771,13 +729,13 @@ def key_slots(rng: random.Random) -> Case:
         opened = set()
         for secret in ("one", "two"):
             try:
-                found = _reopened(_file(state.files[0]), key=secret)
+                found = _reopened(recorded(state.files[0]), key=secret)
             except qcow2x.KeyRequired:
                 continue
             with found:
                 opened.add(secret)
-                _sound(found)
-                if _disk(found) != disk:
+                sound(found)
+                if whole_disk(found) != disk:
                     raise Lost("the disk reads differently")
         if not opened or (state.happened >= added and "two" not in opened):
             raise Lost("no passphrase opens the image")
@@ -813,8 +771,20 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "amend of the refcount width": amend_refcounts,
     "amend of version and features": amend_compat,
     "unknown autoclear feature": unknown_feature,
-    "repair": repair,
     "key slots": key_slots,
 }
 
-__all__ = ["WORKLOADS", "Case", "Corrupt", "Lost", "RecordedFile"]
+__all__ = [
+    "COUNTING",
+    "SHAPES",
+    "WORKLOADS",
+    "Case",
+    "Corrupt",
+    "Files",
+    "Lost",
+    "RecordedFile",
+    "recorded",
+    "sound",
+    "whole_disk",
+    "worn",
+]

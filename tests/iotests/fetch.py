@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Fetch the part of QEMU's source that holds its test suite, as a Debian source package; and the
-qemu-nbd of that version, which some tests need besides our programs.
+"""Fetch the part of QEMU's source that holds its test suite and its image fuzzer, as a Debian source
+package; and the qemu-nbd of that version, which some tests need besides our programs.
 
     fetch.py [--into DIR] [--mirror URI]
 
@@ -24,7 +24,7 @@ RELEASE = "trixie"
 VERSION = "10.0"
 
 CACHE = Path(__file__).resolve().parents[2] / ".iotests"
-WANTED = ("tests/qemu-iotests/", "python/qemu/", "VERSION")
+WANTED = ("tests/qemu-iotests/", "tests/image-fuzzer/", "python/qemu/", "VERSION")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 
@@ -35,7 +35,7 @@ class FetchError(Exception):
 def fetch(into: Path = CACHE, mirror: str | None = None) -> Path:
     """The folder of the unpacked source, downloaded if it is not there yet."""
     source = into / f"qemu-{VERSION}"
-    if not source.is_dir():
+    if not all((source / wanted).exists() for wanted in WANTED):
         into.mkdir(parents=True, exist_ok=True)
         _unpack(_download(into / "apt", mirror or _own_mirror()), source)
     return source
@@ -165,6 +165,8 @@ def _unpack(tarball: Path, source: Path) -> None:
                 member.name = name
                 archive.extract(member, partial, **_safely())
     check_source(partial)
+    # One that an older version of this program fetched may have less.
+    shutil.rmtree(source, ignore_errors=True)
     os.replace(partial, source)
     shutil.rmtree(tarball.parents[1])
 
@@ -177,7 +179,7 @@ def _safely() -> dict[str, str]:
 def _advice(problem: str) -> str:
     return (
         f"cannot fetch QEMU {VERSION}: {problem}.\n"
-        "Unpack its source elsewhere and name the folder: make iotests SOURCE=DIR, "
+        "Unpack its source elsewhere and name the folder: make iotests SOURCE=DIR (or make fuzz-qemu), "
         "or run.py --source DIR."
     )
 
