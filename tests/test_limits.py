@@ -316,10 +316,10 @@ LIMITS = {
     "backing format": Limit(backing_format, "open", "longer than 15 bytes"),
     "snapshots": Limit(snapshot_count, "snapshots", "Snapshot table too large"),
     "snapshot table": Limit(
-        snapshot_table, "snapshots", "ends inside an entry", "CorruptImage", 192 * MiB
+        snapshot_table, "snapshots", "Snapshot table is too big", room=192 * MiB
     ),
     "snapshot's extra data": Limit(
-        snapshot_extra, "snapshots", "1025 bytes of extra data", "CorruptImage"
+        snapshot_extra, "snapshots", "Too much extra metadata in snapshot table entry 0"
     ),
     "snapshot's L1 table": Limit(snapshot_l1, "snapshot", "Snapshot L1 table too large"),
     "bitmaps": Limit(bitmap_count, "bitmaps", "counts 65536 bitmaps"),
