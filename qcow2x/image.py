@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from qcow2x import backing as _backing
 from qcow2x import bitmap as _bitmap
@@ -320,12 +321,28 @@ def _marked_corrupt(name: str) -> CorruptImage:
     return exc
 
 
+#: What a child of this process must leave alone.
+_open_here: WeakSet[Image] = WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child: the images are the parent's, which goes on with them."""
+    for image in list(_open_here):
+        image._left_to_parent()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Image(CoreImage):
     """An open image. Made by :func:`qcow2x.open`; a context manager.
 
     Any number of threads may use one image at once. Offsets and lengths are bytes of the guest
     disk; positional calls move no cursor. The reading and writing methods are those of
     :class:`qcow2x._core.image.CoreImage`.
+
+    After a ``fork()`` it stays the parent's: in the child it is closed, without a byte written, and
+    whatever is asked of it there raises ValueError. A child opens the image anew.
     """
 
     #: What opening found and repaired in an image with the dirty bit; None without it.
@@ -341,6 +358,7 @@ class Image(CoreImage):
         # file away while the first still flushes. Reentrant, for a signal handler that closes.
         self._exclusive = threading.RLock()
         self._bitmaps = _bitmap.Directory()
+        _open_here.add(self)
 
     def _own(
         self, storages: list[Storage], locks: list[ImageLock], guard_all: bool = False
@@ -663,6 +681,18 @@ class Image(CoreImage):
             finally:
                 if frozen:
                     self._thaw()
+
+    def _left_to_parent(self) -> None:
+        self._leave_to_parent()
+        # A thread that is not here may hold it.
+        self._exclusive = threading.RLock()
+        # Locks of a file are those of parent and child together: not to be given back here. But
+        # what this process keeps open would hold them after the parent is gone.
+        self._locks = ()
+        owned, self._owned = self._owned, ()
+        for storage in owned:
+            if isinstance(storage, FileStorage):
+                storage.close()
 
     def __enter__(self) -> Self:
         return self

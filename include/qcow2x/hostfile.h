@@ -82,18 +82,19 @@ static inline int q2_retire_fd(int fd)
 }
 
 /* lseek to data or to a hole; on a descriptor shared with the caller the cursor is put back. */
+static pthread_mutex_t q2_cursor_lock = PTHREAD_MUTEX_INITIALIZER;
+
 static inline int64_t q2_seek_run(int fd, int64_t off, int whence, int shared_cursor)
 {
-    static pthread_mutex_t cursor = PTHREAD_MUTEX_INITIALIZER;
     if (!shared_cursor)
         return lseek(fd, off, whence);
-    pthread_mutex_lock(&cursor);
+    pthread_mutex_lock(&q2_cursor_lock);
     int64_t old = lseek(fd, 0, SEEK_CUR);
     int64_t found = lseek(fd, off, whence);
     int failure = errno;
     if (old >= 0)
         lseek(fd, old, SEEK_SET);
-    pthread_mutex_unlock(&cursor);
+    pthread_mutex_unlock(&q2_cursor_lock);
     errno = failure;
     return found;
 }

@@ -7,6 +7,8 @@
 #include <pthread.h>
 #include <stddef.h>
 
+#include "overfork.h"
+
 #define Q2_POOL_MAX 64
 
 typedef struct q2_pool {
@@ -21,6 +23,13 @@ static inline void q2_pool_init(q2_pool *pool, int max)
     pthread_mutex_init(&pool->lock, NULL);
     pool->n = 0;
     pool->max = max < Q2_POOL_MAX ? max : Q2_POOL_MAX;
+}
+
+/* The same for a pool that all of the process shares. -1: no memory. */
+static inline int q2_pool_init_shared(q2_pool *pool, int max)
+{
+    q2_pool_init(pool, max);
+    return q2_hold_over_fork(&pool->lock);
 }
 
 static inline void *q2_pool_take(q2_pool *pool)

@@ -34,20 +34,22 @@ static int q2_no_rings; /* the kernel refused one; atomic */
 
 static inline void q2_rings_init(void)
 {
-    q2_pool_init(&q2_rings, 8);
+    if (q2_pool_init_shared(&q2_rings, 8) != 0)
+        __atomic_store_n(&q2_no_rings, 1, __ATOMIC_RELAXED);
 }
 
 static inline q2_ring *q2_ring_take(void)
 {
     q2_ring *ring;
     int rc;
+    pthread_once(&q2_rings_once, q2_rings_init);
     if (__atomic_load_n(&q2_no_rings, __ATOMIC_RELAXED))
         return NULL;
-    pthread_once(&q2_rings_once, q2_rings_init);
     while ((ring = q2_pool_take(&q2_rings)) != NULL) {
         if (ring->owner == getpid())
             return ring;
-        /* Made before a fork: the other process goes on with it. */
+        /* Made before a fork: the other process goes on with it, and here it is no memory. */
+        close(ring->uring.ring_fd);
         free(ring);
     }
     ring = malloc(sizeof(*ring));

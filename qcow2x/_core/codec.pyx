@@ -23,7 +23,7 @@ cdef extern from "qcow2x/pool.h" nogil:
         pass
     enum:
         Q2_POOL_MAX
-    void q2_pool_init(q2_pool *pool, int max)
+    int q2_pool_init_shared(q2_pool *pool, int max)
     void *q2_pool_take(q2_pool *pool)
     int q2_pool_give(q2_pool *pool, void *item)
 
@@ -140,15 +140,22 @@ cdef q2_pool zstd_decoders           # ZSTD_DCtx
 cdef uint32_t isal_level_bytes[ISAL_MAX_LEVEL + 1]
 isal_level_bytes[:] = [0, ISAL_DEF_LVL1_LARGE, ISAL_DEF_LVL2_LARGE, ISAL_DEF_LVL3_LARGE]
 
-q2_pool_init(&inflate_fast, Q2_POOL_MAX)
-q2_pool_init(&inflate_tolerant, 8)
-q2_pool_init(&zstd_encoders, Q2_POOL_MAX)
-q2_pool_init(&zstd_decoders, Q2_POOL_MAX)
+
+cdef int begin_pool(q2_pool *pool, int most) except -1:
+    if q2_pool_init_shared(pool, most) != 0:
+        raise MemoryError("no memory for the codecs")
+    return 0
+
+
+begin_pool(&inflate_fast, Q2_POOL_MAX)
+begin_pool(&inflate_tolerant, 8)
+begin_pool(&zstd_encoders, Q2_POOL_MAX)
+begin_pool(&zstd_decoders, Q2_POOL_MAX)
 cdef int i
 for i in range(ISAL_MAX_LEVEL + 1):
-    q2_pool_init(&deflate_fast[i], Q2_POOL_MAX)
+    begin_pool(&deflate_fast[i], Q2_POOL_MAX)
 for i in range(DEFLATE_MAX_LEVEL + 1):
-    q2_pool_init(&deflate_thorough[i], Q2_POOL_MAX)
+    begin_pool(&deflate_thorough[i], Q2_POOL_MAX)
 
 
 # ---- Decoding ----------------------------------------------------------------------------------

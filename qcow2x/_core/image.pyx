@@ -35,8 +35,8 @@ from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snap
                                     q2_table, release_clusters, reserve_clusters)
 from qcow2x._core.marks cimport q2_marks
 from qcow2x._core.state cimport (begin_request, drain_requests, freeze, is_encrypted,
-                                 leave_request, may_write, poison_unless_full,
-                                 refuse_unguarded, runs_clear, thaw, wake_bitmaps)
+                                 leave_request, leave_to_parent, may_write,
+                                 poison_unless_full, refuse_closed, refuse_unguarded, runs_clear, thaw, wake_bitmaps)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, Storage,
                                    q2_extent)
@@ -916,7 +916,8 @@ cdef class CoreImage(ImageState):
         with nogil:
             pthread_rwlock_wrlock(&self.meta)
             was_closed = q2_load(&self.closed) != 0
-            q2_store(&self.closed, 1)
+            if not was_closed:
+                q2_store(&self.closed, 1)
             pthread_rwlock_unlock(&self.meta)
             if not was_closed:
                 # Requests end by themselves within an I/O; looking now and then costs nothing.
@@ -933,9 +934,13 @@ cdef class CoreImage(ImageState):
         check_status(st, self.name)
         return True
 
+    def _leave_to_parent(self):
+        """In a child, right after a fork()."""
+        leave_to_parent(self)
+
     cdef q2_status _open_status(self) noexcept nogil:
         if q2_load(&self.closed):
-            return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+            return refuse_closed(self)
         return Q2_OK
 
     # ---- The guest disk as a Storage: backing chains, consumers in Cython -----------------------

@@ -6,6 +6,9 @@ from posix.stdlib cimport posix_memalign
 
 from qcow2x._core.sync cimport *
 
+cdef extern from "qcow2x/overfork.h" nogil:
+    int q2_hold_over_fork(pthread_mutex_t *lock)
+
 cdef enum:
     SMALLEST = 12           # 4 KiB
     LARGEST = 23            # 8 MiB: two clusters and the compressed stream of a third
@@ -20,6 +23,8 @@ cdef const void *zero_pages = mmap(NULL, ZEROS_BYTES, PROT_READ, MAP_PRIVATE | M
 if zero_pages == MAP_FAILED:
     raise MemoryError("qcow2x: no address space for 2 MiB of zeros")
 pthread_mutex_init(&guard, NULL)
+if q2_hold_over_fork(&guard) != 0:
+    raise MemoryError("qcow2x: no memory to be ready for a fork")
 
 
 cdef const void *zeros() noexcept nogil:

@@ -144,7 +144,7 @@ cdef class ImageState(Storage):
     cdef uint64_t meta_durable      # changes up to this one are durable
     cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
     cdef uint64_t table_seq         # the same after the last L2 table written
-    cdef uint64_t closed            # 1 from close() on; set under meta, exclusive
+    cdef uint64_t closed            # not 0 from close() on; set under meta, exclusive
     cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
                                     # anything is written; cleared under meta, exclusive
     cdef uint64_t lazy_dirty        # 1: the dirty bit is on disk, so refcounts there may be wrong
@@ -178,6 +178,15 @@ cdef inline bint has_backing(ImageState img) noexcept nogil:
 
 cdef inline bint is_encrypted(ImageState img) noexcept nogil:
     return img.cipher is not None
+
+# What `closed` is in a child of the process that opened the image.
+cdef enum:
+    CLOSED_BY_FORK = 2
+
+# Only thread of a child after fork(): the image is the parent's. All that is asked of it here is
+# refused, and nothing of it is written.
+cdef void leave_to_parent(ImageState img) noexcept nogil
+cdef q2_status refuse_closed(ImageState img) noexcept nogil
 
 # Why a write is refused that cannot be guarded as was asked.
 cdef q2_status refuse_unguarded(ImageState img) noexcept nogil

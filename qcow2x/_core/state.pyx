@@ -16,21 +16,13 @@ from qcow2x._core.sync cimport *
 cdef class ImageState(Storage):
 
     def __cinit__(self, *args, **kwargs):
-        cdef pthread_rwlockattr_t attr
         self.l1 = NULL
         self.l1_dirty = NULL
         self.rt = NULL
         self.inflight = NULL
         self.marks.word = NULL
         self.awake_dir = NULL
-        pthread_mutex_init(&self.commit, NULL)
-        pthread_mutex_init(&self.room, NULL)
-        pthread_cond_init(&self.room_cond, NULL)
-        # Writers first: an allocating write must not starve behind a stream of readers.
-        pthread_rwlockattr_init(&attr)
-        pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
-        pthread_rwlock_init(&self.meta, &attr)
-        pthread_rwlockattr_destroy(&attr)
+        init_locks(self)
         self.locks_ready = True
 
     def __dealloc__(self):
@@ -52,9 +44,38 @@ cdef class ImageState(Storage):
             pthread_mutex_destroy(&self.commit)
 
 
+cdef void init_locks(ImageState img) noexcept nogil:
+    cdef pthread_rwlockattr_t attr
+    pthread_mutex_init(&img.commit, NULL)
+    pthread_mutex_init(&img.room, NULL)
+    pthread_cond_init(&img.room_cond, NULL)
+    # Writers first: an allocating write must not starve behind a stream of readers.
+    pthread_rwlockattr_init(&attr)
+    pthread_rwlockattr_setkind_np(&attr, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP)
+    pthread_rwlock_init(&img.meta, &attr)
+    pthread_rwlockattr_destroy(&attr)
+
+
+cdef void leave_to_parent(ImageState img) noexcept nogil:
+    # Threads that are not here may have held them.
+    init_locks(img)
+    q2_store(&img.closed, CLOSED_BY_FORK)
+    img.shut = True
+    img.shut_status = Q2_E_CLOSED
+    img.frozen = False
+    img.active[0] = img.active[1] = img.writers = img.room_waiters = 0
+
+
+cdef q2_status refuse_closed(ImageState img) noexcept nogil:
+    if q2_load(&img.closed) == CLOSED_BY_FORK:
+        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0,
+                    b"image is closed here: it is of the process that forked this one; open it anew")
+    return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+
+
 cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
     if q2_load(&img.closed):
-        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+        return refuse_closed(img)
     parity[0] = <uint32_t>(img.epoch & 1)
     q2_add(&img.active[parity[0]], 1)
     return Q2_OK
@@ -160,7 +181,7 @@ cdef q2_status freeze(ImageState img) noexcept nogil:
     pthread_mutex_lock(&img.commit)
     pthread_rwlock_wrlock(&img.meta)
     if q2_load(&img.closed):
-        st = fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+        st = refuse_closed(img)
     else:
         img.frozen = True
     pthread_rwlock_unlock(&img.meta)
@@ -313,7 +334,7 @@ cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil:
 
 cdef q2_status may_write(ImageState img) noexcept nogil:
     if q2_load(&img.closed):
-        return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
+        return refuse_closed(img)
     if img.read_only:
         return fail(Q2_E_READONLY, Q2_SITE_NONE, 0, b"image is open read-only")
     if q2_load(&img.broken):

@@ -20,7 +20,7 @@ from posix.types cimport off_t
 from qcow2x._core.errors cimport check_status, fail, fail_errno
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport (pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-                                pthread_mutex_unlock)
+                                pthread_mutex_t, pthread_mutex_unlock)
 
 from qcow2x._core.opening import (adopt_descriptor, check_mode, is_direct, open_path,
                                   refuse_kind)
@@ -91,6 +91,14 @@ cdef extern from "qcow2x/hostfile.h" nogil:
     int c_fallocate "fallocate"(int fd, int mode, off_t off, off_t n)
     int c_close "close"(int fd)
     int posix_memalign(void **p, size_t align, size_t n)
+
+    pthread_mutex_t q2_cursor_lock
+
+cdef extern from "qcow2x/overfork.h" nogil:
+    int q2_hold_over_fork(pthread_mutex_t *lock)
+
+if q2_hold_over_fork(&q2_cursor_lock) != 0:
+    raise MemoryError("qcow2x: no memory to be ready for a fork")
 
 cdef enum:
     BOUNCE_BYTES = 1 << 20    # one aligned buffer; more of an unaligned request goes in pieces
