@@ -3,7 +3,8 @@
 Every exception of qcow2x is a :class:`Qcow2Error` and, where Python has a fitting builtin, that
 builtin as well, so ``except OSError`` and ``except ValueError`` do what a reader expects. Each
 carries ``path`` (the file), ``offset`` (bytes, or ``None``) and ``site`` (which access failed), and
-``what``: the fact alone, in QEMU's words where QEMU knows it, or ``None``.
+``what``: the fact alone, in QEMU's words where QEMU knows it, or ``None``. ``hint`` is what can be done
+about it, where there is something to say.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Qcow2Error(Exception):
     offset: int | None = None
     site: str | None = None
     what: str | None = None
+    hint: str = ""
 
     def _where(self, path: str | None, offset: int | None, site: str | None) -> Qcow2Error:
         self.path, self.offset, self.site = path, offset, site

@@ -69,7 +69,8 @@ class Snapshot(NamedTuple):
 
 def read_table(storage: Storage, header: Header) -> list[Snapshot]:
     """The snapshot table. Raises CorruptImage with the table's offset for one that is damaged,
-    FormatError for one past the limits; takes memory for the entries only."""
+    FormatError for one past the limits, which a repair can put right; takes memory for the entries
+    only."""
     n, at = header.nb_snapshots, header.snapshots_offset
     if n == 0:
         return []
@@ -77,13 +78,22 @@ def read_table(storage: Storage, header: Header) -> list[Snapshot]:
         raise FormatError(f"{storage.name}: {n} snapshots are more than {MAX_SNAPSHOTS}")
     end = at + MAX_TABLE_BYTES
     found = []
-    for _ in range(n):
-        snapshot, at = _read_entry(storage, header, at, end)
+    for index in range(n):
+        snapshot, entry_end = _read_entry(storage, header, at, index)
+        if entry_end > end:
+            raise _past_limits(
+                storage,
+                at,
+                "Snapshot table is too big",
+                f"You can force-remove all {n - index} overhanging snapshots",
+            )
         found.append(snapshot)
+        at = -(-entry_end // 8) * 8
     return found
 
 
-def _read_entry(storage: Storage, header: Header, at: int, end: int) -> tuple[Snapshot, int]:
+def _read_entry(storage: Storage, header: Header, at: int, index: int) -> tuple[Snapshot, int]:
+    """The entry at an offset, and where it ends."""
     fixed = storage.pread(_FIXED.size, at)
     if len(fixed) < _FIXED.size:
         raise _damaged(storage, at, "ends inside an entry")
@@ -91,11 +101,15 @@ def _read_entry(storage: Storage, header: Header, at: int, end: int) -> tuple[Sn
         fixed
     )
     if extra_size > MAX_EXTRA_BYTES:
-        raise _damaged(storage, at, f"has an entry with {extra_size} bytes of extra data")
+        raise _past_limits(
+            storage,
+            at,
+            f"Too much extra metadata in snapshot table entry {index}",
+            "You can force-remove this extra metadata",
+        )
     rest_size = extra_size + id_size + name_size
     rest = storage.pread(rest_size, at + _FIXED.size)
-    following = at + (_FIXED.size + rest_size + 7) // 8 * 8
-    if len(rest) < rest_size or following > end:
+    if len(rest) < rest_size:
         raise _damaged(storage, at, "ends inside an entry")
     extra = rest[:extra_size]
     state, disk, icount = _EXTRA.unpack(extra[: _EXTRA.size].ljust(_EXTRA.size, b"\xff"))
@@ -113,13 +127,26 @@ def _read_entry(storage: Storage, header: Header, at: int, end: int) -> tuple[Sn
         unknown_extra=extra[_EXTRA.size :],
         extra_size=extra_size,
     )
-    return snapshot, following
+    return snapshot, at + _FIXED.size + rest_size
 
 
 def _damaged(storage: Storage, at: int, what: str) -> CorruptImage:
     exc = CorruptImage(f"{storage.name}: the snapshot table {what} (offset {at:#x})")
     exc.path, exc.offset = storage.name, at
     return exc
+
+
+def _past_limits(storage: Storage, at: int, what: str, remedy: str) -> Qcow2Error:
+    exc = FormatError(f"{storage.name}: {what} (offset {at:#x})")
+    exc.what, exc.hint = what, f"{remedy} with qemu-img check -r all"
+    return exc._where(storage.name, at, None)
+
+
+def check_limits(storage: Storage, header: Header) -> None:
+    """Raises FormatError, with QEMU's words, for a snapshot table past the limits. One that is
+    damaged otherwise keeps nobody from the disk."""
+    with suppress(CorruptImage):
+        read_table(storage, header)
 
 
 def check_l1(name: str, header: Header, snapshot: Snapshot) -> None:

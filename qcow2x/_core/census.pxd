@@ -39,6 +39,8 @@ cdef enum q2_finding_code:
     FOUND_DIRTY_BITMAP_ENTRY
     FOUND_READ_ERROR
     FOUND_SNAPSHOT_EXTRA
+    FOUND_SNAPSHOTS_TOO_BIG
+    FOUND_SNAPSHOTS_TOO_MANY
     FOUND_CODES
 
 cdef struct q2_finding:

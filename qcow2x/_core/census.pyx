@@ -111,8 +111,7 @@ cdef void note(q2_census *c, int32_t code, uint64_t host_off, uint64_t guest_off
         return
     if code == FOUND_LEAK:
         c.leaks += times
-    elif (code == FOUND_READ_ERROR or code == FOUND_RB_UNREADABLE
-            or code == FOUND_SNAPSHOT_EXTRA):
+    elif code == FOUND_READ_ERROR or code == FOUND_RB_UNREADABLE:
         c.check_errors += times
         c.refs_uncertain = True
         if code != FOUND_RB_UNREADABLE:

@@ -24,12 +24,14 @@ from qcow2x._core.refblock cimport get_refcount
 from qcow2x._core.header cimport Header
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
-from qcow2x._core.wire cimport Q2_INCOMPAT_EXTL2, Q2_MAX_L1_BYTES, Q2_RTE_OFFSET_MASK, q2_load_be64
+from qcow2x._core.wire cimport (Q2_HDR_NB_SNAPSHOTS, Q2_INCOMPAT_EXTL2, Q2_MAX_L1_BYTES,
+                                Q2_RTE_OFFSET_MASK, q2_load_be64)
 
 from qcow2x.errors import Cancelled
 from qcow2x.types import CheckResult, Finding
 
 cdef extern from "qcow2x/format.h" nogil:
+    const uint32_t Q2_MAX_SNAPSHOTS
     const uint64_t Q2_MAX_SNAPSHOT_TABLE_BYTES
 
 cdef enum:
@@ -43,6 +45,9 @@ MAX_COUNTER_BYTES = 96 << 20
 cdef uint64_t NO_GUEST = <uint64_t>NO_GUEST_OFF
 # Limits of the specification's section "Bitmaps", and QEMU's on the extra data of a snapshot.
 cdef uint32_t MAX_SNAPSHOT_EXTRA = 1024
+# Bytes from the first entry of a snapshot table to the end of any other, extra data to be dropped
+# included.
+cdef uint64_t MAX_SNAPSHOT_SPAN = 0x7fffffff
 cdef uint64_t MAX_DIRTY_BITMAP_BYTES = <uint64_t>512 << 20
 cdef uint64_t BITMAP_ENTRY_RESERVED = <uint64_t>0xff000000000001fe
 cdef uint64_t BITMAP_ENTRY_OFFSET = <uint64_t>0x00fffffffffffe00
@@ -91,8 +96,11 @@ FINDINGS = (
     ("corruption", "bitmap", "bitmap table entry is not valid",
      "clear the entry and mark the bitmap as not to be used"),
     ("error", "file", "table cannot be read", None),
-    ("error", "snapshot", "snapshot table entry has too much extra data",
+    ("corruption", "snapshot", "snapshot table entry has too much extra data",
      "write the snapshot table anew with the first 1024 bytes of it"),
+    ("corruption", "snapshot", "snapshot table is too big", "drop the snapshots that overhang"),
+    ("corruption", "snapshot", "snapshot table has too many entries",
+     "drop the snapshots that overhang"),
 )
 
 #: The same in one word each, which stays what it is.
@@ -103,6 +111,7 @@ CODES = (
     "reftable-reserved", "refblock-misaligned", "refblock-beyond-end", "refblock-shared",
     "refcount-low", "leak", "refblock-unreadable", "snapshot-l1", "snapshot-incomplete",
     "snapshot-data-file", "bitmap-directory", "bitmap-entry", "read-error", "snapshot-extra",
+    "snapshots-too-big", "snapshots-too-many",
 )
 
 
@@ -342,13 +351,21 @@ cdef class Checker:
 
     cdef int count_snapshots(self) except -1:
         cdef uint64_t at, start = self.header.fields.snapshots_offset
+        cdef uint64_t entry_at, kept_bytes = 0
         cdef uint32_t i, n = self.header.fields.nb_snapshots
         cdef uint64_t l1_total = 0
+        stored = self.read_bytes(4, Q2_HDR_NB_SNAPSHOTS)
+        if stored is not None and int.from_bytes(stored, "big") > Q2_MAX_SNAPSHOTS:
+            # Then the header at hand has as many as there may be (ops.check.load_header).
+            stored = int.from_bytes(stored, "big")
+            note(&self.c, FOUND_SNAPSHOTS_TOO_MANY, Q2_HDR_NB_SNAPSHOTS, NO_GUEST,
+                 Q2_MAX_SNAPSHOTS, stored, stored - n)
         if n and self.c.has_data_file:
             note(&self.c, FOUND_SNAPSHOT_DATA_FILE, start, 0, 0, n, 1)
         at = start
         for i in range(n):
             at = (at + 7) & ~<uint64_t>7
+            entry_at = at
             entry = self.read_bytes(40, at)
             if entry is None:
                 return 0
@@ -359,9 +376,15 @@ cdef class Checker:
             name_bytes = int.from_bytes(entry[14:16], "big")
             names_at = at + 40 + extra
             at = names_at + id_bytes + name_bytes
-            if extra > MAX_SNAPSHOT_EXTRA or at - start > Q2_MAX_SNAPSHOT_TABLE_BYTES:
-                note(&self.c, FOUND_SNAPSHOT_EXTRA, at, i, MAX_SNAPSHOT_EXTRA, extra, 1)
-                return 0
+            # What a repair leaves of the entry counts against the limit: as the table is written then.
+            kept_bytes = (kept_bytes + 7) & ~<uint64_t>7
+            kept_bytes += 40 + min(extra, MAX_SNAPSHOT_EXTRA) + id_bytes + name_bytes
+            if extra > MAX_SNAPSHOT_EXTRA:
+                note(&self.c, FOUND_SNAPSHOT_EXTRA, entry_at, i, MAX_SNAPSHOT_EXTRA, extra, 1)
+            if kept_bytes > Q2_MAX_SNAPSHOT_TABLE_BYTES or at - start > MAX_SNAPSHOT_SPAN:
+                note(&self.c, FOUND_SNAPSHOTS_TOO_BIG, entry_at, i, i, n, n - i)
+                at = entry_at
+                break
             if self.c.g.version >= 3 and extra < 16:
                 note(&self.c, FOUND_SNAPSHOT_INCOMPLETE, at, i, 16, extra, 1)
             # Tables of their own fit in the file together: more than that is no table list but an

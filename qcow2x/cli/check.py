@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
         cache=cache,
         # What only reads or corrects the tables needs neither a key nor what lies below.
         io=False,
+        checking=True,
         backing=False,
     ) as node:
         if node.driver != "qcow2":
@@ -91,6 +92,8 @@ def main(argv: list[str]) -> int:
             result = _look(node.children["file"].storage, repair, dry_run, journal)
         except Exception as exc:
             raise failure(exc, name=stored_in(node)) from exc
+        if repair != "all":
+            _refuse_snapshot_table(result)
         _print_findings(result, repair, dry_run)
         if journal is not None and os.path.exists(journal):
             report(
@@ -113,6 +116,18 @@ def _look(storage: Any, repair: str | None, dry_run: bool, journal: str | None) 
 
     header = load_header(storage, repair == "all")
     return check_storage(storage, header, repair=repair, dry_run=dry_run, journal=journal)
+
+
+def _refuse_snapshot_table(result: CheckResult) -> None:
+    """Ends a check of an image whose snapshot table is past the limits, as qemu-img does: what only
+    the dropped snapshots hold would be told as leaked."""
+    from qcow2x.cli.checktext import snapshot_table_error
+
+    for finding in result.findings:
+        text = snapshot_table_error(finding)
+        if text is not None:
+            report(text)
+            raise CommandError("Check failed: File too large")
 
 
 def _journal(parsed: Parsed, path: str) -> str | None:

@@ -75,9 +75,37 @@ _TEXTS: dict[str, Callable[[Finding], str]] = {
     ),
     "snapshot-incomplete": lambda f: f"ERROR snapshot table entry {f.index} is incomplete",
     "snapshot-data-file": lambda f: f"ERROR {f.found} snapshots in image with data file",
+    "snapshot-extra": lambda f: (
+        f"Discarding too much extra metadata in snapshot table entry {f.index} "
+        f"({f.found} > {f.expected})"
+    ),
+    "snapshots-too-big": lambda f: (
+        f"Discarding {_overhang(f)} overhanging snapshots (snapshot table is too big)"
+    ),
+    "snapshots-too-many": lambda f: f"Discarding {_overhang(f)} overhanging snapshots",
     "read-error": lambda f: f"ERROR: I/O error at offset {f.offset:#x}: {f.message}",
 }
 _MAX_L1_ENTRIES = (32 << 20) // 8
+
+
+def _overhang(finding: Finding) -> int:
+    return (finding.found or 0) - (finding.expected or 0)
+
+
+def snapshot_table_error(finding: Finding) -> str | None:
+    """What ends a check that may not repair; None for any other finding."""
+    failed = "ERROR failed to read the snapshot table: "
+    remove = f"You can force-remove all {_overhang(finding)} overhanging snapshots"
+    if finding.code == "snapshot-extra":
+        failed += f"Too much extra metadata in snapshot table entry {finding.index}"
+        remove = "You can force-remove this extra metadata"
+    elif finding.code == "snapshots-too-big":
+        failed += "Snapshot table is too big"
+    elif finding.code == "snapshots-too-many":
+        failed = "ERROR snapshot table too large"
+    else:
+        return None
+    return f"{failed}\n{remove} with qemu-img check -r all"
 
 
 def check_lines(findings: Iterable[Finding], cluster_size: int) -> Iterator[str]:

@@ -171,8 +171,9 @@ def _describe_qcow2(node: Node, info: dict[str, Any]) -> None:
 def snapshot_members(entry: Any) -> dict[str, Any]:
     """An internal snapshot as QEMU's ``SnapshotInfo``."""
     told = {
-        "id": entry.id,
-        "name": entry.name,
+        # Both end at their first NUL for who holds them in C strings.
+        "id": entry.id.split("\0", 1)[0],
+        "name": entry.name.split("\0", 1)[0],
         "vm-state-size": entry.vm_state_size,
         "date-sec": entry.date_sec,
         "date-nsec": entry.date_nsec,

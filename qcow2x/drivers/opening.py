@@ -49,31 +49,33 @@ def open_node(
     aio: str = "threads",
     rules: Mapping[str, list[Rules]] | None = None,
     io: bool = True,
+    checking: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Node:
     """Opens a disk under any block driver there is, with everything below it.
 
-        ``target`` is a file name as QEMU takes it (a path, ``json:{...}``, ``file:...``, another
-        driver's protocol), with ``image_opts`` an option string (``driver=qcow2,file.filename=...``),
-        or a mapping of options, nested or flat. ``options`` are options besides; where both say
-        something, these win. ``format`` is the driver on top; None looks at the first bytes.
+    ``target`` is a file name as QEMU takes it (a path, ``json:{...}``, ``file:...``, another
+    driver's protocol), with ``image_opts`` an option string (``driver=qcow2,file.filename=...``),
+    or a mapping of options, nested or flat. ``options`` are options besides; where both say
+    something, these win. ``format`` is the driver on top; None looks at the first bytes.
 
-        Names found inside images are followed, as QEMU's tools do it, and a backing file that the image
-        gives no format for is probed. That is right for a command line whose user knows the image; for
-        images from elsewhere use :func:`qcow2x.open`, which refuses both unless told otherwise.
+    Names found inside images are followed, as QEMU's tools do it, and a backing file that the image
+    gives no format for is probed. That is right for a command line whose user knows the image; for
+    images from elsewhere use :func:`qcow2x.open`, which refuses both unless told otherwise.
 
-        ``cache``: a mode of :data:`CACHE_FLAGS`. ``force_share`` opens what another program is writing
-        (read-only). ``backing=False`` leaves backing files closed: reading what would come from one
-        raises. ``secrets`` are the keys that ``key-secret`` options name. ``discard``, ``detect_zeroes``
-        (``off``, ``on``, ``unmap``) and ``copy_on_read`` concern the top node. With ``auto_read_only`` a
-        file that may not be written is opened read-only instead. ``io=False`` only looks: formats
-    need no key, and nothing can be read or written through them. ``aio`` is how files are asked to do
-        their I/O where their own options do not say; ``native`` needs a cache mode without the host's
-        cache, and none makes a difference besides. ``rules`` are those of blkdebug nodes that were open
-        before, by :attr:`qcow2x.drivers.blkdebug.BlkdebugNode.rules_key`: they go on where they stand.
+    ``cache``: a mode of :data:`CACHE_FLAGS`. ``force_share`` opens what another program is writing
+    (read-only). ``backing=False`` leaves backing files closed: reading what would come from one
+    raises. ``secrets`` are the keys that ``key-secret`` options name. ``discard``, ``detect_zeroes``
+    (``off``, ``on``, ``unmap``) and ``copy_on_read`` concern the top node. With ``auto_read_only`` a
+    file that may not be written is opened read-only instead. ``io=False`` only looks: formats
+    need no key, and nothing can be read or written through them. ``checking`` lets in what a check
+    can tell something of. ``aio`` is how files are asked to do
+    their I/O where their own options do not say; ``native`` needs a cache mode without the host's
+    cache, and none makes a difference besides. ``rules`` are those of blkdebug nodes that were open
+    before, by :attr:`qcow2x.drivers.blkdebug.BlkdebugNode.rules_key`: they go on where they stand.
 
-        Raises OptionError, OpenError (with the cause in it), and what the library raises: OSError,
-        ImageLocked, FormatError, CorruptImage, KeyRequired. Nothing stays open after a failure.
+    Raises OptionError, OpenError (with the cause in it), and what the library raises: OSError,
+    ImageLocked, FormatError, CorruptImage, KeyRequired. Nothing stays open after a failure.
     """
     given = opts.flatten(options or {})
     filename: str | None = None
@@ -100,7 +102,13 @@ def open_node(
         "discard": "unmap" if discard else "ignore",
     }
     graph = Graph(
-        secrets or {}, io=io, backing=backing, durable=durable, aio=aio, rules=rules or {}
+        secrets or {},
+        io=io,
+        checking=checking,
+        backing=backing,
+        durable=durable,
+        aio=aio,
+        rules=rules or {},
     )
     node = graph.open(filename, given, defaults, probing=True)
     if copy_on_read and not node.writable:
@@ -118,6 +126,7 @@ class Graph:
         secrets: Mapping[str, bytes],
         *,
         io: bool,
+        checking: bool,
         backing: bool,
         durable: bool,
         aio: str,
@@ -125,6 +134,7 @@ class Graph:
     ) -> None:
         self.secrets = secrets
         self.io = io
+        self.checking = checking
         self.backing = backing
         self.durable = durable
         self.aio = aio

@@ -30,8 +30,17 @@ class Qcow2Node(Node):
 
         below = self.children["file"]
         file = below.storage
-        self.header = header = Header.load(file.pread, below._size(), file.name)
+        if self.graph.checking:
+            from qcow2x.ops.check import load_header
+
+            self.header = header = load_header(file)
+        else:
+            self.header = header = Header.load(file.pread, below._size(), file.name)
         header.require_supported(file.name)
+        if header.nb_snapshots and not self.graph.checking:
+            from qcow2x.snapshot import check_limits
+
+            check_limits(file, header)
         self.backing_file = self.auto_backing = header.backing_file or ""
         self.backing_format = header.backing_format or None
         self._settings = qcow2_options.take(options, header, self.unmap)

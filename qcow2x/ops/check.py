@@ -8,6 +8,7 @@ outcome. Only then are the old bytes saved and the file changed.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterable
 
 from qcow2x._core.check import Checker
@@ -18,6 +19,7 @@ from qcow2x.locking import lock_image
 from qcow2x.ops.mend import Mender, Space
 from qcow2x.ops.overlay import Overlay
 from qcow2x.ops.undo import Journal
+from qcow2x.snapshot import MAX_SNAPSHOTS
 from qcow2x.storage import PyStorage, Source, Storage, open_storage
 from qcow2x.types import CheckResult, Finding, Progress
 
@@ -27,6 +29,7 @@ _OFFSET_MASK = 0xFFFFFFFFFFFFFE00
 # Header fields with which a wrong place of the refcount table is reported (the L1 table's offset, if
 # the two overlap): the table can be made anew.
 _RT_FIELDS = (40, 48, 56)
+_NB_SNAPSHOTS = 60
 
 
 def check(
@@ -136,10 +139,15 @@ def rebuild_refcounts(storage: Storage, header: Header) -> CheckResult:
 
 
 def load_header(storage: Storage, without_refcounts: bool = False) -> Header:
-    """The header. With ``without_refcounts`` also where the refcount table it names is nowhere:
-    the header then says that there is none."""
+    """The header, for a look at the image. Of more snapshots than there may be it has the first
+    :data:`~qcow2x.snapshot.MAX_SNAPSHOTS`. With ``without_refcounts`` also where the refcount table
+    it names is nowhere: the header then says that there is none."""
+
+    def pread(nbytes: int, at: int) -> bytes:
+        return _without_overhang(storage.pread(nbytes, at)) if at == 0 else storage.pread(nbytes, at)
+
     try:
-        return Header.load(storage.pread, storage.size(), storage.name)
+        return Header.load(pread, storage.size(), storage.name)
     except FormatError as exc:
         if not without_refcounts or exc.offset not in _RT_FIELDS:
             raise
@@ -147,13 +155,21 @@ def load_header(storage: Storage, without_refcounts: bool = False) -> Header:
         if not without_refcounts or exc.offset not in _RT_FIELDS:
             raise
     size = storage.size()
-    header = Header.parse(storage.pread(min(size, 2 << 20), 0), None, storage.name)
+    header = Header.parse(pread(min(size, 2 << 20), 0), None, storage.name)
     # All else must be in order. The new table will stand right behind the file.
     end = -(-size // header.cluster_size) * header.cluster_size
     header.set_tables(end, 1, header.l1_offset, header.l1_size)
     header.validate(end + header.cluster_size, storage.name)
     header.set_tables(0, 0, header.l1_offset, header.l1_size)
     return header
+
+
+def _without_overhang(first: bytes) -> bytes:
+    """The first bytes of a file, saying of no more snapshots than there may be."""
+    end = _NB_SNAPSHOTS + 4
+    if int.from_bytes(first[_NB_SNAPSHOTS:end], "big") <= MAX_SNAPSHOTS:
+        return first
+    return first[:_NB_SNAPSHOTS] + struct.pack(">I", MAX_SNAPSHOTS) + first[end:]
 
 
 def _check_arguments(repair: str | None, dry_run: bool, journal: object) -> None:

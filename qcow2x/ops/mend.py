@@ -25,6 +25,7 @@ _MAX_RT_BYTES = 8 << 20
 _MAX_L1_BYTES = 32 << 20
 _MAX_SNAPSHOT_EXTRA = 1024
 _MAX_SNAPSHOT_TABLE = 1024 * 65536
+_MAX_SNAPSHOT_SPAN = 0x7FFFFFFF
 _SNAPSHOT_EXTRA_V3 = 16
 _NO_ICOUNT = (1 << 64) - 1
 _MAX_BITMAP_BYTES = 512 << 20
@@ -71,7 +72,7 @@ class Mender:
         self._space = space
 
     def _read(self, nbytes: int, offset: int) -> bytes:
-        return self._overlay.pread(nbytes, offset).ljust(nbytes, b"\0")
+        return self._overlay.pread(nbytes, offset).ljust(nbytes, b"\0") if nbytes else b""
 
     # ---- header ----
 
@@ -150,24 +151,29 @@ class Mender:
 
     def mend_snapshot_table(self, looked: Checker) -> bool:
         """Writes the table anew where entries lack what version 3 requires (the disk's size is
-        that of the active disk, as it is for readers that meet such an entry), have more extra
-        data than any reader takes, or are so many that the table is too large. A snapshot whose
-        L1 table lies where something else does gets a copy: what the guest has there stays, and
-        the disk's own table changes in place. Returns whether anything had to change."""
+        that of the active disk, as it is for readers that meet such an entry) or have more extra
+        data than any reader takes. What is past the limits of the table is dropped. A snapshot
+        whose L1 table lies where something else does gets a copy: what the guest has there stays,
+        and the disk's own table changes in place. Returns whether anything had to change."""
         at = start = self._header.snapshots_offset
         entries: list[bytes] = []
+        table_bytes = 0
         changed = False
         for _ in range(self._header.nb_snapshots):
             at = -(-at // 8) * 8
+            if at + 40 > self._overlay.size():
+                break
             entry = self._read(40, at)
             id_bytes, name_bytes, extra_bytes = struct.unpack(">HH20xI", entry[12:40])
             vm_state = entry[32:36]
             extra = self._read(min(extra_bytes, _MAX_SNAPSHOT_EXTRA), at + 40)
             names = self._read(id_bytes + name_bytes, at + 40 + extra_bytes)
             at += 40 + extra_bytes + id_bytes + name_bytes
-            if at - start > _MAX_SNAPSHOT_TABLE or at > self._overlay.size():
-                changed = True
+            table_bytes = -(-table_bytes // 8) * 8 + 40 + len(extra) + len(names)
+            if table_bytes > _MAX_SNAPSHOT_TABLE or at - start > _MAX_SNAPSHOT_SPAN:
                 break
+            # Where the file ends inside it, its name is lost, and what it holds is not.
+            changed = changed or at > self._overlay.size()
             if self._header.version >= 3 and len(extra) < _SNAPSHOT_EXTRA_V3:
                 if len(extra) < 8:
                     extra = bytes(4) + vm_state
@@ -184,6 +190,10 @@ class Mender:
         if changed:
             place = self._space.put(b"".join(entries)) if entries else 0
             self._overlay.write(STEP_LINK, struct.pack(">IQ", len(entries), place), _NB_SNAPSHOTS)
+        elif len(entries) < struct.unpack(">I", self._read(4, _NB_SNAPSHOTS))[0]:
+            # Those that are left may stay where they are.
+            self._overlay.write(STEP_LINK, struct.pack(">I", len(entries)), _NB_SNAPSHOTS)
+            changed = True
         return changed
 
     def _parted_l1(self, looked: Checker, offset: int, n: int) -> int | None:
