@@ -21,6 +21,9 @@ cdef enum:
     RANK_L2 = 2
     RANK_L1 = 3
 
+cdef enum:
+    MOST_TOGETHER = 8
+
 cdef struct q2_slot:
     uint64_t key           # host offset of the slice
     uint8_t *data          # slice bytes as on disk, big-endian, aligned for O_DIRECT
@@ -58,6 +61,12 @@ cdef q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil
 # *already set, one that is valid). Q2_BUSY: another thread loads it. Q2_FULL: write back first.
 cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
                                 bint *already) noexcept nogil
+# Exclusive lock. What may be read together with `slot`, which is being loaded: absent slices next to
+# it inside the same aligned `window` bytes, at most MOST_TOGETHER in all and only as many as there is
+# memory for without another slice being forgotten. `together` gets their slots, in SLOT_LOADING and
+# ordered by key, `slot` among them. Returns how many.
+cdef uint32_t cache_widen_load(q2_cache *c, q2_slot *slot, uint64_t window,
+                               q2_slot **together) noexcept nogil
 # Exclusive lock. A load that failed forgets the slice.
 cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil
 

@@ -127,10 +127,18 @@ cdef q2_slot *take_slot(q2_cache *c) noexcept nogil:
     return NULL
 
 
+cdef void enter(q2_cache *c, q2_slot *slot, uint64_t key) noexcept nogil:
+    cdef int32_t *bucket = bucket_of(c, key)
+    slot.key = key
+    slot.next = bucket[0] - 1
+    bucket[0] = <int32_t>(slot - c.slots) + 1
+    slot.state = SLOT_LOADING
+    q2_store(&c.n_loads, c.n_loads + 1)
+
+
 cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
                                 bint *already) noexcept nogil:
     cdef q2_slot *slot = find(c, key)
-    cdef int32_t *bucket
     already[0] = False
     if slot is not NULL:
         if slot.state == SLOT_LOADING:
@@ -143,15 +151,55 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
         if c.n_slots == 0:
             return fail(Q2_E_NOMEM, Q2_SITE_NONE, key, b"no memory for a metadata slice")
         return Q2_FULL
-    bucket = bucket_of(c, key)
-    slot.key = key
-    slot.next = bucket[0] - 1
-    bucket[0] = <int32_t>(slot - c.slots) + 1
-    slot.state = SLOT_LOADING
+    enter(c, slot, key)
     slot.used = 1
-    q2_store(&c.n_loads, c.n_loads + 1)
     out[0] = slot
     return Q2_OK
+
+
+cdef inline bint could_enter(q2_cache *c, uint64_t key) noexcept nogil:
+    return c.n_slots < c.max_slots and find(c, key) is NULL
+
+
+cdef uint32_t cache_widen_load(q2_cache *c, q2_slot *slot, uint64_t window,
+                               q2_slot **together) noexcept nogil:
+    cdef uint64_t step = <uint64_t>1 << c.slice_bits
+    cdef uint64_t first = slot.key
+    cdef uint64_t end = slot.key + step
+    cdef uint64_t low = slot.key & ~(window - 1)
+    cdef uint64_t high = low + window
+    cdef uint64_t room = c.max_slots - c.n_slots
+    cdef uint64_t at
+    cdef uint32_t n = 0
+    if high - low > MOST_TOGETHER * step:
+        low = slot.key & ~(MOST_TOGETHER * step - 1)
+        high = low + MOST_TOGETHER * step
+    # What follows first: it is wanted next by who goes through the disk in order.
+    while end < high and room and could_enter(c, end):
+        end += step
+        room -= 1
+    while first > low and room and could_enter(c, first - step):
+        first -= step
+        room -= 1
+    at = first
+    while at < end:
+        together[n] = slot
+        if at != slot.key:
+            together[n] = take_slot(c)
+            if together[n] is NULL:
+                # Out of memory: what was wanted is read alone.
+                while n:
+                    n -= 1
+                    if together[n] is not slot:
+                        forget(c, together[n])
+                together[0] = slot
+                return 1
+            # Not looked at yet: the first to be forgotten again.
+            together[n].used = 0
+            enter(c, together[n], at)
+        n += 1
+        at += step
+    return n
 
 
 cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil:
@@ -187,6 +235,8 @@ cdef void cache_drop(q2_cache *c, uint64_t key, uint64_t nbytes) noexcept nogil:
         slot = find(c, at)
         if slot is not NULL and slot.state == SLOT_VALID:
             forget(c, slot)
+        elif slot is not NULL:
+            slot.stale = 1
         at += <uint64_t>1 << c.slice_bits
 
 
