@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -491,16 +492,20 @@ class Image(CoreImage):
     def _finish_half_done(self) -> None:
         """After lack of room in the middle of a snapshot's step, which made the image refuse writes:
         does what the next opening would do, and writes go on. Raises what the file raises, and may
-        be called again then."""
+        be called again then. The next flush, change of snapshots or close calls it."""
         from qcow2x.ops.check import rebuild_refcounts
 
-        rebuild_refcounts(self._file, self._reread_header())
-        header = self._reread_header()
-        self._reload(header)
-        self._header.extensions = header.extensions
-        _snapshot.guard_tables(self, self._guard_all)
-        _bitmap.guard(self)
-        self._revive()
+        with self._exclusive:
+            if not self._half_done:
+                # Another thread was here.
+                return
+            rebuild_refcounts(self._file, self._reread_header())
+            header = self._reread_header()
+            self._reload(header)
+            self._header.extensions = header.extensions
+            _snapshot.guard_tables(self, self._guard_all)
+            _bitmap.guard(self)
+            self._revive()
 
     def _reread_header(self) -> Header:
         return _load_header(self._file)
@@ -661,6 +666,9 @@ class Image(CoreImage):
 
     def _store_and_shut(self) -> None:
         """No write gets in between the last look at what was written and the end."""
+        if self._half_done and not self.closed:
+            with contextlib.suppress(OSError):
+                self._finish_half_done()
         frozen = False
         try:
             if self.writable and not self.closed and self._bitmaps.entries:

@@ -404,9 +404,12 @@ class Snapshots(Sequence[Snapshot]):
         wanted = self.get(key)
         if image.writable:
             # What a snapshot holds was durable when it was made: it is read from an image that
-            # takes no more writes as well.
-            with suppress(ImageBroken):
+            # takes no more writes, or has no room for them, as well.
+            try:
                 image.flush()
+            except OSError as exc:
+                if not isinstance(exc, ImageBroken) and exc.errno != _errno.ENOSPC:
+                    raise
         header = header_at(image._header, wanted, image.name)
         return Image(
             image._file,

@@ -28,6 +28,7 @@ cdef class CoreImage(ImageState):
                                 uint64_t off) noexcept nogil
     cdef int _raise(self, q2_status st) except -1
     cdef q2_status _open_status(self) noexcept nogil
+    cdef q2_status _flush(self)
     cdef q2_status _inside(self, uint64_t off, uint64_t nbytes) noexcept nogil
     cdef q2_status _takes_compressed(self, uint64_t off) noexcept nogil
     cdef size_t _until_end(self, uint64_t nbytes, uint64_t off) noexcept nogil

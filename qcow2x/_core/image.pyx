@@ -425,11 +425,19 @@ cdef class CoreImage(ImageState):
     def flush(self):
         """Everything that was written before is durable when this returns. Threads that flush at
         the same time share one sync. Raises StorageError; the image then takes no more writes."""
+        cdef q2_status st = self._flush()
+        if st == Q2_E_BROKEN and self.half_done:
+            # Only room was lacking, and there may be some now. (A method of the Image.)
+            self._finish_half_done()
+            st = self._flush()
+        check_status(st, self.name)
+
+    cdef q2_status _flush(self):
         cdef q2_status st = self._open_status()
         if st == Q2_OK and not self.read_only:
             with nogil:
                 st = flush_image(self)
-        check_status(st, self.name)
+        return st
 
     # ---- The state of a machine, behind the disk -------------------------------------------------
 

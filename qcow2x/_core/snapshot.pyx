@@ -105,12 +105,24 @@ cdef q2_status write_dirty(ImageState img, bint dirty) noexcept nogil:
                       Q2_EDGE_DIRTY_BEFORE_SNAPSHOT_STEPS if dirty else Q2_EDGE_NONE)
 
 
-cdef void name_table(ImageState img, const q2_table *table) noexcept nogil:
+cdef void name_table(ImageState img, uint32_t count, uint64_t host_off) noexcept nogil:
     """In `head` only."""
-    q2_store_be32(img.head + Q2_HDR_NB_SNAPSHOTS, table.count)
-    q2_store_be64(img.head + Q2_HDR_SNAPSHOTS_OFFSET, table.host_off)
-    q2_store32(&img.header.fields.nb_snapshots, table.count)
-    q2_store(&img.header.fields.snapshots_offset, table.host_off)
+    q2_store_be32(img.head + Q2_HDR_NB_SNAPSHOTS, count)
+    q2_store_be64(img.head + Q2_HDR_SNAPSHOTS_OFFSET, host_off)
+    q2_store32(&img.header.fields.nb_snapshots, count)
+    q2_store(&img.header.fields.snapshots_offset, host_off)
+
+
+cdef q2_status switch_table(ImageState img, const q2_table *table, int edge) noexcept nogil:
+    """Header and memory name another table; the old one as long as that did not work."""
+    cdef uint32_t count = img.header.fields.nb_snapshots
+    cdef uint64_t host_off = img.header.fields.snapshots_offset
+    cdef q2_status st
+    name_table(img, table.count, table.host_off)
+    st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, edge)
+    if st != Q2_OK:
+        name_table(img, count, host_off)
+    return st
 
 
 cdef q2_status guard_new(ImageState img, uint32_t holds, uint64_t host_off,
@@ -306,9 +318,8 @@ cdef q2_status create_snapshot(ImageState img, uint64_t l1_copy_off, const q2_ta
         st = barrier(img)
     # 3. The snapshot exists.
     if st == Q2_OK:
-        name_table(img, table)
         mark_dirty(img, False)
-        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_NONE)
+        st = switch_table(img, table, Q2_EDGE_NONE)
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     if st == Q2_OK:
@@ -347,8 +358,7 @@ cdef q2_status delete_snapshot(ImageState img, uint64_t l1_off, uint32_t l1_size
         st = barrier(img)
     if st == Q2_OK:
         changed = True
-        name_table(img, table)
-        st = write_head(img, Q2_SITE_SNAPSHOT_WRITE, Q2_EDGE_SNAPSHOT_GONE_BEFORE_FREED)
+        st = switch_table(img, table, Q2_EDGE_SNAPSHOT_GONE_BEFORE_FREED)
     if st == Q2_OK:
         st = guard_new(img, HOLDS_FIXED, table.host_off, table.nbytes)
     # 2. They are given back.

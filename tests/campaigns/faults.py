@@ -1,9 +1,10 @@
 """Calls that fail: python -m campaigns.faults [--verb NAME]
 
 For every verb its storage calls are counted, then each is made to fail in turn: with EIO, with
-ENOSPC, with a write that leaves its front half. Afterwards the file is sound, what the verb did not
-touch reads as before, and the object either works on or refuses to with a clear error. After ENOSPC
-the same verb succeeds once there is room. Prints a table and ends with status 1 if not so.
+ENOSPC, with a write that leaves its front half; or the disk is full from that call on, for whatever is
+tried, until there is room again. Afterwards the file is sound, what the verb did not touch reads as
+before, and the object either works on or refuses to with a clear error. After ENOSPC the same verb
+succeeds once there is room. Prints a table and ends with status 1 if not so.
 """
 
 from __future__ import annotations
@@ -40,12 +41,15 @@ class Verb(NamedTuple):
 class Kind(NamedTuple):
     error: int
     half_written: bool
+    #: All calls from that one on, but for reads, until the test makes room.
+    lasting: bool = False
 
 
 KINDS = {
     "EIO": Kind(errno.EIO, False),
     "ENOSPC": Kind(errno.ENOSPC, False),
     "short write": Kind(errno.EIO, True),
+    "ENOSPC from then on": Kind(errno.ENOSPC, False, lasting=True),
 }
 
 PATTERN = stamped(8 * KiB, 24 * KiB, 99)
@@ -152,8 +156,8 @@ def _fail_once(
     """One run with the k-th call failing; returns what the object did then, and at which site."""
     file = Machine().file(start)
     image = qcow2x.open(file, "r+")
-    file.failing = range(file.calls + k, file.calls + k + 1)
-    file.error, file.half_written = kind
+    file.failing = range(file.calls + k, FOR_EVER if kind.lasting else file.calls + k + 1)
+    file.error, file.half_written, file.reads_fail = kind.error, kind.half_written, not kind.lasting
     outcome = "no error: the call was not needed"
     try:
         verb.do(image)
@@ -162,6 +166,11 @@ def _fail_once(
         if isinstance(exc, ImageBroken) or exc.errno != kind.error:
             raise Broken(f"another error than the storage's: {exc!r}") from exc
         try:
+            if kind.lasting:
+                _stays_full(image, verb, before, after)
+                file.failing = None
+                # Whatever was half done is settled now.
+                image.flush()
             outcome = _goes_on(image, verb, kind, before, after)
         except BaseException:
             with suppress(OSError):
@@ -176,6 +185,25 @@ def _fail_once(
             raise Broken(f"close: {exc!r}") from exc
     _judge(file, verb, before, after)
     return outcome, file.failed_at
+
+
+def _stays_full(image: qcow2x.Image, verb: Verb, before: Any, after: Any) -> None:
+    """While there is no room everything can be read, and whoever tries again is told so again."""
+    content = _contents(image)
+    if verb.whole:
+        if content not in (before, after):
+            raise Broken("without room, neither what was before nor what comes after is read")
+    elif content[1:] != before[1:] or not _between(content[0], before[0], after[0]):
+        raise Broken("without room, a sector reads as neither what it was nor what it was to be")
+    try:
+        verb.do(image)
+        image.flush()
+    except (LookupError, ValueError):
+        # Gone, or there, already.
+        pass
+    except OSError as exc:
+        if isinstance(exc, ImageBroken) or exc.errno != errno.ENOSPC:
+            raise Broken(f"without room, the second try: {exc!r}") from exc
 
 
 def _is_done(image: qcow2x.Image, after: Any) -> bool:
@@ -210,6 +238,7 @@ def _goes_on(image: qcow2x.Image, verb: Verb, kind: Kind, before: Any, after: An
 
 Counts = collections.Counter[tuple[str, str, str]]
 WRONG = "WRONG"
+FOR_EVER = 1 << 60
 
 
 def run(names: list[str]) -> tuple[Counts, Counts, list[str]]:

@@ -97,10 +97,12 @@ class RecordedFile:
         #: The calls of these numbers, counted from 1, fail with ``error``; a failing write may leave
         #: its front half.
         self.failing: range | None = None
+        #: Not of a disk that is full: what is there can be read.
+        self.reads_fail = True
         self.error = errno.EIO
         self.half_written = False
         self.calls = 0
-        #: Where the image is, and where it was when a call failed: names of status.h.
+        #: Where the image is, and where it was when first a call failed: names of status.h.
         self.site = self.failed_at = "NONE"
 
     def at_site(self, name: str) -> None:
@@ -110,7 +112,8 @@ class RecordedFile:
         return len(self.data)
 
     def pread(self, length: int, offset: int) -> bytes:
-        self._may_fail()
+        if self._fails() and self.reads_fail:
+            raise self._failure()
         return bytes(self.data[offset : offset + length])
 
     def pwrite(self, buffer: bytes, offset: int) -> int:
@@ -139,7 +142,8 @@ class RecordedFile:
         self.calls += 1
         if self.failing is None or self.calls not in self.failing:
             return False
-        self.failed_at = self.site
+        if self.failed_at == "NONE":
+            self.failed_at = self.site
         return True
 
     def _may_fail(self) -> None:
