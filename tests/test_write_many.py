@@ -123,9 +123,7 @@ def test_tracked_by_bitmaps(tmp_path: Path) -> None:
         image.pwrite(stamped(0, MiB, 1), 0)
         image.bitmaps.add("changed", granularity=64 * KiB)
         image.pwritev_many([(b"x" * 512, 100 * KiB), (b"y" * 512, 500 * KiB)])
-        dirty = [
-            (run.offset, run.length) for run in image.bitmaps.extents("changed") if run.dirty
-        ]
+        dirty = [(run.offset, run.length) for run in image.bitmaps.extents("changed") if run.dirty]
     assert dirty == [(64 * KiB, 64 * KiB), (448 * KiB, 64 * KiB)]
 
 
