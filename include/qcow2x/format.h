@@ -83,14 +83,22 @@
 #define Q2_MIN_EXTL2_CLUSTER_BITS 14u
 #define Q2_MAX_REFCOUNT_ORDER 6u
 
-/* Limits. All are QEMU's own, so that an image which one opens the other opens as well. */
+/* Limits, each looked at before memory is taken for what it limits; SECURITY.md lists them. They are
+ * QEMU's where QEMU has one, so that an image which one opens the other opens as well. */
+#define Q2_MAX_DISK_BYTES UINT64_C(0x7fffffffffffffff)
 #define Q2_MAX_L1_BYTES (UINT64_C(32) << 20)
 #define Q2_MAX_RT_BYTES (UINT64_C(8) << 20)
 #define Q2_MAX_SNAPSHOTS 65536u
 #define Q2_MAX_SNAPSHOT_TABLE_BYTES (UINT64_C(1024) * Q2_MAX_SNAPSHOTS)
+#define Q2_MAX_SNAPSHOT_EXTRA 1024u /* bytes of an entry that nobody need know */
+#define Q2_MAX_EXTENSIONS 1024u /* five exist; a cluster of 2 MiB has room for 262144 */
 #define Q2_MAX_BACKING_NAME 1023u
+#define Q2_MAX_BACKING_FORMAT 15u
 #define Q2_MAX_BITMAPS 65535u
 #define Q2_MAX_BITMAP_DIR_BYTES (UINT64_C(1024) * Q2_MAX_BITMAPS)
+#define Q2_MAX_BITMAP_BYTES (UINT64_C(512) << 20) /* clusters of bits of one bitmap */
+#define Q2_MAX_BITMAP_NAME 1023u
+#define Q2_MAX_KEY_BYTES 64u /* of a LUKS slot: two AES-256 keys, for XTS */
 #define Q2_MAX_CHAIN_DEPTH 1024u /* layers of one backing chain */
 /* Host offsets live in bits 9..55 of an entry. */
 #define Q2_MAX_HOST_OFFSET (UINT64_C(1) << 56)

@@ -28,15 +28,16 @@ cdef extern from *:
     int q2_popcount(uint64_t w) nogil
 
 cdef extern from "qcow2x/format.h" nogil:
-    const uint32_t Q2_MAX_BITMAPS
+    const uint32_t Q2_MAX_BITMAPS, Q2_MAX_BITMAP_NAME
+    const uint64_t Q2_MAX_BITMAP_BYTES
 
 cdef uint64_t ENTRY_RESERVED = <uint64_t>0xff000000000001fe
 cdef uint64_t ENTRY_OFFSET = <uint64_t>0x00fffffffffffe00
 cdef uint64_t ALL_ONES = 1
 
 #: QEMU's limits, so that an image which one opens the other opens as well.
-MAX_TABLE_CLUSTER_BYTES = 512 << 20
-MAX_NAME_BYTES = 1023
+MAX_TABLE_CLUSTER_BYTES = Q2_MAX_BITMAP_BYTES
+MAX_NAME_BYTES = Q2_MAX_BITMAP_NAME
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
 

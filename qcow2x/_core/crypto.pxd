@@ -7,7 +7,6 @@ from qcow2x._core.sync cimport pthread_rwlock_t
 
 cdef enum:
     CRYPTO_SECTOR = 512
-    MAX_KEY_BYTES = 64       # two AES-256 keys, for XTS
 
     MODE_XTS = 0
     MODE_CBC = 1
@@ -15,6 +14,10 @@ cdef enum:
     IV_PLAIN = 0             # the low 32 bits of the sector number
     IV_PLAIN64 = 1
     IV_ESSIV = 2             # the sector number, encrypted with the hash of the key
+
+cdef extern from "qcow2x/format.h" nogil:
+    enum:
+        MAX_KEY_BYTES "Q2_MAX_KEY_BYTES"
 
 cdef extern from "qcow2x/pool.h" nogil:
     ctypedef struct q2_pool:

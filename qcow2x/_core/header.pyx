@@ -41,11 +41,10 @@ cdef extern from "qcow2x/format.h" nogil:
     const uint32_t Q2_EXT_CRYPTO_HEADER, Q2_EXT_DATA_FILE
     const uint32_t Q2_MIN_CLUSTER_BITS, Q2_MAX_CLUSTER_BITS, Q2_MIN_EXTL2_CLUSTER_BITS
     const uint32_t Q2_MAX_REFCOUNT_ORDER, Q2_MAX_SNAPSHOTS, Q2_MAX_BACKING_NAME, Q2_MAX_BITMAPS
+    const uint32_t Q2_MAX_BACKING_FORMAT, Q2_MAX_EXTENSIONS
     const uint64_t Q2_MAX_L1_BYTES, Q2_MAX_RT_BYTES, Q2_MAX_BITMAP_DIR_BYTES, Q2_MAX_HOST_OFFSET
+    const uint64_t Q2_MAX_DISK_BYTES
 
-cdef uint64_t MAX_DISK = <uint64_t>0x7fffffffffffffff
-cdef uint32_t MAX_BACKING_FORMAT = 15       # QEMU's own limit
-cdef uint32_t MAX_EXTENSIONS = 1024          # five exist; a 2 MiB cluster has room for 262144
 cdef uint32_t FEATURE_ENTRY_BYTES = 48      # type, bit, 46 bytes of name
 # QEMU leaves the feature name table out of smaller clusters: it would crowd out the backing name.
 cdef uint64_t FEATURE_TABLE_MIN_CLUSTER = 8192
@@ -128,7 +127,7 @@ cdef q2_status check_fields(const q2_header *h) noexcept nogil:
         return bad_field(Q2_HDR_HEADER_LENGTH, b"qcow2 header exceeds cluster size")
     if h.header_length & 7:
         return bad_field(Q2_HDR_HEADER_LENGTH, b"header_length is not a multiple of 8")
-    if h.size > MAX_DISK:
+    if h.size > Q2_MAX_DISK_BYTES:
         return bad_field(Q2_HDR_SIZE, b"Image is too big")
     if h.refcount_order > Q2_MAX_REFCOUNT_ORDER:
         return bad_field(Q2_HDR_REFCOUNT_ORDER, b"Reference count entry width too large; may not exceed 64 bits")
@@ -640,8 +639,8 @@ cdef int parse_extensions(Header self, bytes cluster, object name) except -1:
         if kind in known and kind in seen and kind != Q2_EXT_BACKING_FORMAT:
             raise bad_extension(name, at, f"header extension {kind:#010x} is there twice")
         seen.add(kind)
-        if len(self.extensions) == MAX_EXTENSIONS:
-            raise bad_extension(name, at, f"there are more than {MAX_EXTENSIONS} header extensions")
+        if len(self.extensions) == Q2_MAX_EXTENSIONS:
+            raise bad_extension(name, at, f"there are more than {Q2_MAX_EXTENSIONS} header extensions")
         self.extensions.append((kind, cluster[at + 8:at + 8 + nbytes]))
         at += 8 + ((<uint64_t>nbytes + 7) & ~<uint64_t>7)
     return 0
@@ -650,9 +649,9 @@ cdef int parse_extensions(Header self, bytes cluster, object name) except -1:
 cdef int check_extensions(Header self, object name) except -1:
     for kind, data in self.extensions:
         if kind == Q2_EXT_BACKING_FORMAT:
-            if len(data) > MAX_BACKING_FORMAT:
+            if len(data) > Q2_MAX_BACKING_FORMAT:
                 raise bad_extension(name, None, "the backing format name is longer than "
-                                    f"{MAX_BACKING_FORMAT} bytes")
+                                    f"{Q2_MAX_BACKING_FORMAT} bytes")
             self.backing_format = text_of(data.split(b"\0", 1)[0]) or None
         elif kind == Q2_EXT_DATA_FILE:
             self.data_file = text_of(data.split(b"\0", 1)[0]) or None
