@@ -536,6 +536,13 @@ class Image(CoreImage):
                 )
             if preallocation != "off":
                 raise ValueError(f"{self.name}: Preallocation can't be used for shrinking an image")
+        elif preallocation != "off" and self._cipher is not None and self._header.version < 3:
+            # Before the disk grows: the core refuses only the first cluster.
+            raise UnsupportedFeature(
+                f"{self.name}: a version 2 image has no mark for zeros, so that an encrypted one "
+                "cannot be preallocated",
+                features=("preallocation of an encrypted version 2 image",),
+            )
         if self._header.nb_snapshots and self._header.version < 3:
             # Its snapshot table has no field for the size that the disk had.
             raise UnsupportedFeature(

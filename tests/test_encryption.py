@@ -293,6 +293,15 @@ def test_version_2_cannot_be_preallocated(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_version_2_that_cannot_be_preallocated_does_not_grow(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    qcow2x.create(path, MiB, compat="0.10", encryption=new_encryption())
+    with qcow2x.open(path, "r+", key=PASSPHRASE) as image:
+        with pytest.raises(UnsupportedFeature):
+            image.resize(2 * MiB, preallocation="full")
+        assert image.size == MiB
+
+
 def test_convert_and_compare_read_encrypted_images(tmp_path):
     path, plain = tmp_path / "disk.qcow2", tmp_path / "plain.qcow2"
     qemu_create(path, 8 * MiB, options={"preallocation": "metadata"})

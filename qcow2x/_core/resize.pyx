@@ -148,7 +148,7 @@ cdef q2_status drop_vmstate(ImageState img, uint64_t size) noexcept nogil:
 cdef q2_status resize_guest(ImageState img, uint64_t size) noexcept nogil:
     cdef uint64_t old = q2_load(&img.disk_size)
     cdef uint64_t entries = l1_entries_for(&img.geo, size)
-    cdef uint64_t tail, end
+    cdef uint64_t tail = 0, end
     cdef q2_status st = may_write(img)
     if st == Q2_OK:
         st = drop_vmstate(img, size)

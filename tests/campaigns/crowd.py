@@ -44,6 +44,10 @@ class Shape:
     compression: str = "zlib"
     layers_below: int = 0
     encrypted: bool = False
+    #: The disk's data lies in a file of its own, so that there are no snapshots.
+    data_file: bool = False
+    #: The image lies in an object of Python's.
+    python: bool = False
     #: Snapshots are applied, and the end of the disk moves.
     travels: bool = False
     #: Bitmaps come and go. They keep the disk from shrinking.
@@ -55,19 +59,48 @@ class Shape:
     def of(seed: int) -> Shape:
         rng = random.Random(f"crowd {seed}")
         cluster = rng.choice((512, 4096, 4096, 16384, 65536))
+        special = rng.choice(("", "", "", "", "encrypted", "data file", "python"))
         return Shape(
             cluster=cluster,
             extended=cluster >= 16384 and rng.random() < 0.5,
-            cache=("unsafe", "writeback", "writethrough", "none", "directsync")[seed % 5],
+            # What is Python's has no way past the page cache.
+            cache=("unsafe", "writeback", "writethrough", "none", "directsync")[
+                seed % (3 if special == "python" else 5)
+            ],
             growth=rng.choice(("auto", "ahead", "plain")),
             lazy=rng.random() < 0.4,
             compression=rng.choice(("zlib", "zstd")),
-            layers_below=rng.choice((0, 0, 1, 3)),
-            encrypted=rng.random() < 0.2,
+            # An object has no folder that a backing file's name could count from.
+            layers_below=rng.choice((0, 0, 1, 3)) if special != "python" else 0,
+            encrypted=special == "encrypted",
+            data_file=special == "data file",
+            python=special == "python",
             travels=seed % 3 == 1,
             bitmaps=seed % 3 != 1 or rng.random() < 0.3,
             closes=seed % 2 == 1,
         )
+
+
+class InPython:
+    """A file as an object that the core calls, under the interpreter's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "r+b", buffering=0)
+
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        return os.pread(self._file.fileno(), length, offset)
+
+    def pwrite(self, data: Any, offset: int) -> int:
+        return os.pwrite(self._file.fileno(), data, offset)
+
+    def truncate(self, size: int) -> None:
+        os.truncate(self._file.fileno(), size)
+
+    def flush(self) -> None:
+        os.fdatasync(self._file.fileno())
 
 
 class Round:
@@ -105,12 +138,15 @@ class Round:
                     model[at : at + len(data)] = data
             below = {"backing_file": path.name, "backing_format": "qcow2"}
         key = qcow2x.Encryption(KEY, iter_time_ms=1) if shape.encrypted else None
+        if shape.data_file:
+            below["data_file"] = self.path.with_name("data")
+            below["data_file_raw"] = not shape.layers_below and self.seed % 4 == 0
         qcow2x.create(
             self.path, self.disk, cluster_size=shape.cluster, extended_l2=shape.extended,
             lazy_refcounts=shape.lazy, compression_type=shape.compression, encryption=key, **below,
         )  # fmt: skip
         image = qcow2x.open(
-            self.path, "r+", references="follow", cache=shape.cache, growth=shape.growth,
+            InPython(self.path) if shape.python else self.path, "r+", references="follow", cache=shape.cache, growth=shape.growth,
             l2_cache_size=1, key=KEY if shape.encrypted else None,
         )  # fmt: skip
         if shape.bitmaps:
@@ -206,7 +242,7 @@ class Round:
         elif kind == 1:
             self.image.pwrite(data, at)
             self._count("writes")
-        elif kind == 2 and not self.shape.encrypted:
+        elif kind == 2 and not (self.shape.encrypted or self.shape.data_file):
             self.image.pwrite_compressed(data, at)
             self._count("compressed writes")
         elif kind == 3:
@@ -276,10 +312,11 @@ class Round:
     # ---- Whoever changes more than bytes ----
 
     def change(self) -> None:
-        self._snapshots()
+        if not self.shape.data_file:
+            self._snapshots()
         if self.shape.bitmaps:
             self._bitmaps()
-        if random.random() < 0.3:
+        if random.random() < 0.3 and not self.shape.data_file:
             at = random.randrange(64 * KiB)
             self.image.vmstate_pwrite(b"state" * random.randrange(1, 2000), at)
             self.image.vmstate_pread(9000, 0)

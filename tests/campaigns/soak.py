@@ -32,7 +32,14 @@ HANG = 600
 #: How often the guest's own requests come for each other operation.
 OFTEN = {"write": 6, "fill": 3, "write_compressed": 3, "discard": 3, "write_zeroes": 3, "read": 4}
 #: What costs as much as a hundred writes.
-SELDOM = {"check": 0.3, "overlay": 0.15, "reopen": 0.5, "read_all": 0.5, "together": 0.5}
+SELDOM = {
+    "check": 0.3,
+    "overlay": 0.15,
+    "reopen": 0.5,
+    "read_all": 0.5,
+    "together": 0.5,
+    "amend": 0.2,
+}
 
 
 @dataclass
@@ -42,7 +49,7 @@ class Covered:
     runs: int = 0
     operations: int = 0
     by_name: collections.Counter[str] = field(default_factory=collections.Counter)
-    #: Of the images that the runs began with and made.
+    #: Of the images that the runs opened.
     shapes: collections.Counter[str] = field(default_factory=collections.Counter)
     failures: list[str] = field(default_factory=list)
 
@@ -79,7 +86,7 @@ def run(seed: int, length: int = LENGTH, told: bool = False) -> Covered:
             if told:
                 print(f"begin {how}", flush=True)
             disk.begin(**how)
-            _note(covered, disk)
+            _note(covered, disk, how)
             for step in range(1, length + 1):
                 _one(disk, draw, covered, step if told else None)
         finally:
@@ -110,11 +117,12 @@ def _one(disk: Disk, draw: Draw, covered: Covered, told: int | None) -> None:
     disk.memory_is_bounded()
     covered.operations += 1
     covered.by_name[name] += 1
-    if name == "overlay":
-        _note(covered, disk)
+    if name in ("overlay", "reopen"):
+        _note(covered, disk, how)
 
 
-def _note(covered: Covered, disk: Disk) -> None:
+def _note(covered: Covered, disk: Disk, how: dict[str, Any]) -> None:
+    """What an image is, as it is opened."""
     shape = disk.shape
     extras = {
         "version 2": shape.compat == "0.10",
@@ -122,7 +130,11 @@ def _note(covered: Covered, disk: Disk) -> None:
         "zstd": shape.compression == "zstd" and shape.compat != "0.10",
         "lazy refcounts": shape.lazy and shape.compat != "0.10",
         "data file": disk.external,
-        "backing file": bool(disk.layers),
+        f"{len(disk.layers)} layers below": True,
+        "snapshots": bool(disk.held),
+        "bitmaps": bool(disk.marked),
+        f"cache mode {how['cache']}": True,
+        f"growth {how['growth']}": True,
         f"encryption {disk.cipher}": disk.cipher is not None,
         f"refcounts of {shape.refcount_bits} bits": shape.compat != "0.10",
         f"clusters of {shape.cluster_size}": True,

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -34,6 +34,7 @@ MiB = 1 << 20
 #: Small clusters reach table growth and many slices with few bytes, so most runs use them.
 CLUSTER_BITS = [9] * 8 + [10] * 3 + [11, 12, 12, 13, 14, 14, 15, 16, 16, 17, 18, 19, 20, 21]
 CACHES = ["unsafe"] * 6 + ["writeback", "none", "writethrough", "directsync"]
+GROWTH = ["auto", "auto", "ahead", "plain"]
 CIPHERS = [None] * 5 + ["luks", "aes"]
 KEY = "the machine's"
 GRANULARITIES = [512, 1024, 4096, 64 * KiB]
@@ -170,6 +171,7 @@ class Disk:
         cache=CACHES,
         data_file=[None] * 5 + ["cooked", "raw"],
         cipher=CIPHERS,
+        growth=GROWTH,
     )
     def begin(
         self,
@@ -181,12 +183,13 @@ class Disk:
         cache: str,
         data_file: str | None,
         cipher: str | None,
+        growth: str,
     ) -> None:
         self.shape = shape
         nbytes = max(512, span(shape.cluster_size) * size >> 20 & ~511)
         if base != "none":
             self._make_base(base, base_shape, self._other_size(nbytes, base_size))
-        self._make_top(shape, nbytes, cache, data_file, cipher)
+        self._make_top(shape, nbytes, cache, growth, data_file, cipher)
 
     def _other_size(self, nbytes: int, relation: str) -> int:
         if relation == "shorter":
@@ -228,8 +231,9 @@ class Disk:
         shape: Shape,
         nbytes: int,
         cache: str,
-        data_file: str | None = None,
-        cipher: str | None = None,
+        growth: str,
+        data_file: str | None,
+        cipher: str | None,
     ) -> None:
         self.shape = shape
         self.held = {}
@@ -251,7 +255,7 @@ class Disk:
             options["encryption"] = Encryption(key=KEY, format=self.cipher, iter_time_ms=1)
         qcow2x.create(self.path, nbytes, **options)  # type: ignore[arg-type]
         self._set_length(nbytes)
-        self._open(cache)
+        self._open(cache, growth=growth)
 
     def _set_length(self, nbytes: int) -> None:
         del self.model[nbytes:]
@@ -358,6 +362,10 @@ class Disk:
     @operation(place=PLACES)
     def discard(self, place: tuple[int, str, int, str]) -> None:
         offset, length = self._range(place)
+        self._discarded(offset, length)
+        self._changed(offset, length)
+
+    def _discarded(self, offset: int, length: int) -> None:
         self.image.discard(offset, length)
         for bitmap in self.marked.values():
             bitmap.note(offset, length, whole=False)
@@ -365,7 +373,6 @@ class Disk:
             return
         first, last = self._clusters_in(offset, length)
         self._note(first, bytes(last - first))
-        self._changed(first, last - first)
 
     @operation(place=PLACES, unmap=[False, True])
     def write_zeroes(self, place: tuple[int, str, int, str], unmap: bool) -> None:
@@ -382,14 +389,18 @@ class Disk:
     @operation(
         cache=CACHES,
         l2_cache_size=[None, None, 1, 64 * KiB],
-        growth=["auto", "ahead", "plain"],
+        growth=GROWTH,
     )
     def reopen(self, cache: str, l2_cache_size: int | None, growth: str) -> None:
         self.image.close()
         self._open(cache, l2_cache_size, growth)
 
-    @operation(size=range(1, (1 << 20) + 1), near=[None, None, -512, 512, 4096])
-    def resize(self, size: int, near: int | None) -> None:
+    @operation(
+        size=range(1, (1 << 20) + 1),
+        near=[None, None, -512, 512, 4096],
+        preallocation=["off"] * 4 + ["metadata", "falloc", "full"],
+    )
+    def resize(self, size: int, near: int | None, preallocation: str) -> None:
         if near is not None:
             nbytes = max(512, len(self.model) + near)
         else:
@@ -404,7 +415,13 @@ class Disk:
                 self.image.resize(nbytes, shrink=True)
                 raise AssertionError("a disk with bitmaps cannot shrink")
             return
-        self.image.resize(nbytes, shrink=True)
+        how = preallocation if nbytes > len(self.model) else "off"
+        if how != "off" and self.cipher is not None and self.shape.compat == "0.10":
+            with contextlib.suppress(qcow2x.UnsupportedFeature):
+                self.image.resize(nbytes, preallocation=how)
+                raise AssertionError("version 2 has no mark for zeros that are not deciphered")
+            return
+        self.image.resize(nbytes, shrink=True, preallocation=how)
         for bitmap in self.marked.values():
             bitmap.clip(len(self.model))
         self._set_length(nbytes)
@@ -416,15 +433,49 @@ class Disk:
         same_shape=[False, True],
         size=["same", "same", "shorter", "longer"],
         cache=CACHES,
+        data_file=[None] * 5 + ["cooked"],
         cipher=CIPHERS,
+        growth=GROWTH,
     )
     def overlay(
-        self, shape: Shape, same_shape: bool, size: str, cache: str, cipher: str | None
+        self,
+        shape: Shape,
+        same_shape: bool,
+        size: str,
+        cache: str,
+        data_file: str | None,
+        cipher: str | None,
+        growth: str,
     ) -> None:
         self.image.close()
         self._push(self.path, "qcow2")
         nbytes = self._other_size(len(self.model), size)
-        self._make_top(self.shape if same_shape else shape, nbytes, cache, cipher=cipher)
+        shape = self.shape if same_shape else shape
+        self._make_top(shape, nbytes, cache, growth, data_file, cipher)
+
+    @operation(
+        what=["version", "width", "lazy"],
+        bits=[1, 2, 4, 8, 16, 32, 64],
+    )
+    def amend(self, what: str, bits: int) -> None:
+        """Refused, with nothing changed, where the other version or width cannot say all of it."""
+        old = self.shape.compat == "0.10"
+        with contextlib.suppress(qcow2x.UnsupportedFeature):
+            if what == "version":
+                qcow2x.amend(self.image, compat="1.1" if old else "0.10", refcount_bits=16)
+                plain = {"refcount_bits": 16, "extended_l2": False, "compression": "zlib"}
+                self.shape = replace(
+                    self.shape, compat="1.1" if old else "0.10", lazy=False, **plain
+                )
+            elif old:
+                # Version 2 has no choice.
+                return
+            elif what == "width":
+                qcow2x.amend(self.image, refcount_bits=bits)
+                self.shape = replace(self.shape, refcount_bits=bits)
+            else:
+                qcow2x.amend(self.image, lazy_refcounts=not self.shape.lazy)
+                self.shape = replace(self.shape, lazy=not self.shape.lazy)
 
     # ---- Many at once ----
 
@@ -460,7 +511,9 @@ class Disk:
             end = min(start + stripe, size)
             offset = rng.randrange(start, end)
             length = rng.randint(1, end - offset)
-            match rng.randrange(8):
+            match rng.randrange(9):
+                case 8:
+                    self._discarded(offset, length)
                 case 0 | 1 | 2:
                     data = stamped(offset, length, number << 32 | self.sequence)
                     self.image.pwrite(data, offset)

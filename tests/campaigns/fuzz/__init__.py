@@ -6,3 +6,6 @@ are made where they matter: ``mutate`` knows the fields and tables of the format
 image in every way and says what was wrong; ``seeds`` makes the images to begin with, and ``corpus``
 has what earlier runs found on top of them.
 """
+
+#: Seconds of a processor that one image may take: what a passphrase may cost, and some.
+CPU_LIMIT = 240

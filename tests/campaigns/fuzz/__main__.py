@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns import sanitizer
-from campaigns.fuzz import store
+from campaigns.fuzz import CPU_LIMIT, store
 
 #: Seconds without a word from a worker, after which it hangs.
 HANG = 400
@@ -75,6 +76,8 @@ class Watched:
 
     def _died(self, how: str) -> str:
         status = self.process.wait()
+        if status == -signal.SIGPROF:
+            how = f"hung: took more than {CPU_LIMIT} s of a processor"
         self.log.seek(0)
         said = self.log.read().decode(errors="replace")
         data = (self.folder / "under-way").read_bytes()

@@ -207,3 +207,13 @@ class Use:
                 self.wrong.append(f"qemu-img calls it clean, we refuse: {self.refused}")
         if self.clean and done.returncode == 2:
             self.wrong.append(f"we call it clean, qemu-img check does not: {said}")
+
+
+def high_water(reset: bool = False) -> int:
+    """Bytes of memory that the process had at most, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return 0

@@ -13,12 +13,10 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from campaigns.fuzz import seeds, store
+from campaigns.fuzz import CPU_LIMIT, seeds, store
 from campaigns.fuzz.mutate import mutate
-from campaigns.fuzz.target import Use
+from campaigns.fuzz.target import Use, high_water
 
-#: Seconds of a processor that one image may take: what a passphrase may cost, and some.
-CPU_LIMIT = 240
 #: Bytes that the process may grow by while it uses an image; the sanitizer's own are among them.
 MEMORY = 512 << 20
 #: Of the images, one in so many is shown to qemu-img.
@@ -66,11 +64,12 @@ class Worker:
 
     def begin(self) -> None:
         """What a run begins with; all of it is used, so that only what is new counts as new."""
-        begun = [*seeds.make(self.folder).values(), *store.corpus().values()]
-        for data in begun:
-            self.execute(data, keep=False)
-            self.tell()
-        self.pool = begun
+        begun = {**seeds.make(self.folder), **store.corpus()}
+        for name, data in begun.items():
+            # A crash or a hang ends this process, which the other end tells of.
+            wrong, _ = self.execute(data, keep=False)
+            self.tell(name, wrong)
+        self.pool = list(begun.values())
 
     def execute(self, data: bytes, keep: bool = True) -> tuple[list[str], int]:
         """What was wrong, and how many edges were new."""
@@ -78,13 +77,13 @@ class Worker:
         path = self.folder / "image.qcow2"
         path.write_bytes(data)
         use = Use(path, ask_qemu=self.rng.randrange(ASK_QEMU) == 0)
-        memory = _high_water(reset=True)
+        memory = high_water(reset=True)
         signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT)
         self.coverage.begin()
         use.all()
         edges, steps, nearer = self.coverage.end()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        grown = _high_water() - memory
+        grown = high_water() - memory
         if grown > MEMORY:
             use.wrong.append(f"took {grown >> 20} MiB of memory")
         self.told["executions"] += 1
@@ -136,13 +135,3 @@ class Worker:
         told = {**self.told, "edges": self.coverage.edges, "kept": len(self.pool)}
         sys.stdout.write(json.dumps({"covered": told, "name": name, "wrong": wrong}) + "\n")
         sys.stdout.flush()
-
-
-def _high_water(reset: bool = False) -> int:
-    """Bytes of memory that the process had at most, since the last reset."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return 0
