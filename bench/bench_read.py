@@ -44,14 +44,14 @@ def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int):
             turn,
             lambda part: race.time_image_reads(part, image),
             lambda part: race.time_raw_reads(part, fd),
-            stretches=True,
+            stretch=1,
         )
     return side_by_side(
         load,
         turn,
         lambda part: many_at_once(part, image.preadinto, depth),
         lambda part: many_at_once(part, lambda buf, off: os.preadv(fd, [buf], off), depth),
-        stretches=False,
+        stretch=4 * depth,
     )
 
 

@@ -19,7 +19,7 @@ MODES = ("writeback", "none", "writethrough", "directsync")
 #: Requests that take a tenth of a second or so, by mode and size.
 COUNTS = {
     "writeback": {4 * KIB: 8000, 64 * KIB: 2000, MIB: 200},
-    "none": {4 * KIB: 600, 64 * KIB: 500, MIB: 100},
+    "none": {4 * KIB: 1500, 64 * KIB: 800, MIB: 100},
     "writethrough": {4 * KIB: 600, 64 * KIB: 600, MIB: 50},
     "directsync": {4 * KIB: 1000, 64 * KIB: 600, MIB: 50},
 }
@@ -51,14 +51,14 @@ def time_ours_and_raw(
             turn,
             lambda part: race.time_image_writes(part, image),
             lambda part: race.time_raw_writes(part, fd),
-            stretches=True,
+            stretch=1,
         )
     return side_by_side(
         load,
         turn,
         lambda part: many_at_once(part, image.pwrite, depth),
         lambda part: many_at_once(part, lambda data, off: os.pwritev(fd, [data], off), depth),
-        stretches=False,
+        stretch=4 * depth,
     )
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from qcow2x.demo.race import Load, alternate
+from qcow2x.demo.race import STRETCHES, Load, alternate
 
 
 def many_at_once(load: Load, send: Callable[[memoryview, int], object], depth: int) -> float:
@@ -45,14 +45,13 @@ def side_by_side(
     one: Callable[[Load], float],
     other: Callable[[Load], float],
     *,
-    stretches: bool,
+    stretch: int,
 ) -> tuple[float, float]:
-    """Two subjects under the same load: by turns of a few milliseconds where *stretches* says that a
-    part of the load means something, else one after the other, who is first changing with *turn*."""
-    if stretches:
-        first, second = alternate(load, one, other)
-        return first, second
+    """Two subjects under the same load by turns, as many times as it has stretches of so many
+    requests; who is first changes with them, and with *turn*."""
+    stretches = max(1, min(STRETCHES, load.count // stretch))
     if turn % 2:
-        second = other(load)
-        return one(load), second
-    return one(load), other(load)
+        second, first = alternate(load, other, one, stretches=stretches)
+    else:
+        first, second = alternate(load, one, other, stretches=stretches)
+    return first, second

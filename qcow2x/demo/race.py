@@ -97,14 +97,16 @@ def _read_buffer(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, nbytes))
 
 
-def alternate(load: Load, *runs: Callable[[Load], float]) -> list[float]:
+def alternate(
+    load: Load, *runs: Callable[[Load], float], stretches: int = STRETCHES
+) -> list[float]:
     """Several subjects under the same load, a short stretch each in turn; the seconds of each.
 
     The neighbours on a machine come and go within a second: what slows one subject down then
     slows the others as well.
     """
     seconds = [0.0] * len(runs)
-    for n, part in enumerate(load.parts(STRETCHES)):
+    for n, part in enumerate(load.parts(stretches)):
         for k in range(len(runs)):
             # Who goes first changes.
             i = (n + k) % len(runs)
