@@ -87,7 +87,8 @@ class NoSpace(StorageError):
 
 
 class ImageBroken(Qcow2Error, OSError):
-    """An earlier metadata write failed, so this object takes no more writes. Reads go on."""
+    """What an earlier failure left on the disk is not known: a sync failed, or a write of metadata that
+    cannot be tried again. So this object takes no more writes. Reads go on."""
 
 
 class KeyRequired(Qcow2Error, PermissionError):

@@ -54,7 +54,7 @@ enum {
     X(CRYPTO_WRITE)                                                                                \
     /* Nothing is touched at these: told to storages that listen (Storage.reach). */               \
     X(CLUSTER_ALLOC) X(CLUSTER_ALLOC_BYTES) X(CLUSTER_FREE) X(REFBLOCK_ALLOC) X(L1_GROW_ALLOC)     \
-    X(BACKING_READ) X(EMPTY_IMAGE)
+    X(BACKING_READ) X(EMPTY_IMAGE) X(REFCOUNT_RAISE)
 
 #define Q2_SITE_ENUM_(name) Q2_SITE_##name,
 enum q2_site { Q2_SITES(Q2_SITE_ENUM_) Q2_SITE_COUNT };

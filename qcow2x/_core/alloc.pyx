@@ -11,7 +11,7 @@ from qcow2x._core.metadata cimport MISSING_DIRTY_BIT, MISSING_REFTABLE, missing_
 from qcow2x._core.overlap cimport (HOLDS_FIXED, HOLDS_REFBLOCK, guard_add, guard_remove,
                                    guard_table_write, guard_write)
 from qcow2x._core.refblock cimport get_refcount, set_refcount
-from qcow2x._core.state cimport poison_unless_full, runs_add
+from qcow2x._core.state cimport poison_unless_full, poison_unless_kept, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport (q2_add, q2_count, q2_load, q2_raise_to, q2_store,
@@ -175,7 +175,7 @@ cdef bint hand_out(ImageState img, uint64_t first, uint64_t n) noexcept nogil:
     if first < img.gap_end and first + n > img.gap_first:
         img.gap_first = first + n
     if img.file.listens:
-        img.file.reach(Q2_SITE_CLUSTER_ALLOC)
+        img.file.reach(Q2_SITE_REFCOUNT_RAISE)
     q2_raise_to(&img.host_size, (first + n) << img.geo.cluster_bits)
     q2_count(&img.count.allocated, n)
     return fresh
@@ -186,6 +186,8 @@ cdef q2_status alloc_clusters(ImageState img, uint64_t want, uint64_t *first, ui
     cdef uint64_t index = 0
     cdef q2_slot *slot
     cdef q2_status st
+    if img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     if wants_dirty_bit(img, miss):
         return Q2_MISS
     # least == 1 keeps the run inside one slice, so what was found is still cached to be raised.
@@ -214,6 +216,8 @@ cdef q2_status alloc_contiguous(ImageState img, uint64_t n, uint64_t *first, bin
     cdef q2_slot *slot
     cdef uint64_t index = 0
     cdef q2_status st
+    if img.file.listens:
+        img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     if wants_dirty_bit(img, miss):
         return Q2_MISS
     st = find_run(img, n, n, first, &got, miss)
@@ -351,9 +355,12 @@ cdef q2_status release_unlinked(ImageState img, uint64_t first, uint64_t n, uint
 cdef q2_status write_table(ImageState img, int32_t site, const void *buf, uint64_t nbytes,
                            uint64_t host_off) noexcept nogil:
     cdef q2_status st = img.file.write_at(site, buf, nbytes, host_off, WRITE_DEFERRED)
+    # Also of a write that failed something may be there: no place for a fresh cluster.
+    q2_raise_to(&img.host_size, host_off + nbytes)
     if st == Q2_OK:
-        q2_raise_to(&img.host_size, host_off + nbytes)
         q2_count(&img.count.metadata_writes, 1)
+    if site == Q2_SITE_REFBLOCK_ALLOC_WRITE or site == Q2_SITE_REFTABLE_GROW_WRITE:
+        return poison_unless_kept(img, st)
     return poison_unless_full(img, st)
 
 

@@ -4,8 +4,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from qcow2x._core.alloc cimport alloc_clusters, release_unlinked, write_refcount
-from qcow2x._core.cache cimport (RANK_REFBLOCK, cache_after, cache_dirty, cache_drop, cache_get,
-                                 q2_cache)
+from qcow2x._core.cache cimport (RANK_REFBLOCK, cache_after, cache_begin_load, cache_dirty,
+                                 cache_drop, cache_end_load, cache_get, q2_cache)
 from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.geometry cimport l1_index, l2_index
 from qcow2x._core.l2table cimport *
@@ -13,7 +13,7 @@ from qcow2x._core.metadata cimport missing_l2
 from qcow2x._core.overlap cimport HOLDS_L2, guard_add, guard_table_write
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
                                 Q2_PLAN_MAX)
-from qcow2x._core.state cimport poison_unless_full, runs_add
+from qcow2x._core.state cimport poison_unless_kept, runs_add
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, q2_extent
 from qcow2x._core.sync cimport q2_add, q2_count, q2_load, q2_raise_to, q2_store
@@ -214,6 +214,19 @@ cdef q2_status copy_old_table(ImageState img, uint64_t old_off, uint8_t *table) 
     return st
 
 
+cdef void cache_new_table(ImageState img, const uint8_t *table, uint64_t host_off,
+                          uint64_t guest_cl) noexcept nogil:
+    """meta, exclusive: the slice that is about to be changed need not be read back, if there is room
+    for it."""
+    cdef uint64_t at = l2_index(&img.geo, guest_cl << img.geo.cluster_bits) << img.geo.l2_entry_bits
+    cdef q2_slot *slot = NULL
+    cdef bint already
+    at &= ~((<uint64_t>1 << img.geo.slice_bits) - 1)
+    if cache_begin_load(&img.l2, host_off + at, &slot, &already) == Q2_OK and not already:
+        memcpy(slot.data, table + at, <size_t>1 << img.geo.slice_bits)
+        cache_end_load(&img.l2, slot, True)
+
+
 cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss) noexcept nogil:
     cdef uint64_t l1_idx = l1_index(&img.geo, guest_cl << img.geo.cluster_bits)
     cdef uint64_t old_off = 0, first = 0, got = 0, new_off
@@ -241,7 +254,7 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
     if st == Q2_OK:
         new_off = first << img.geo.cluster_bits
         cache_drop(&img.l2, new_off, img.geo.cluster_size)
-        st = poison_unless_full(img, img.file.write_at(
+        st = poison_unless_kept(img, img.file.write_at(
             Q2_SITE_L2_ALLOC_WRITE, table, img.geo.cluster_size, new_off, WRITE_DEFERRED))
         if st == Q2_OK:
             # Edge: the table (and its refcount) before the L1 entry. L1 is written last in every
@@ -252,6 +265,7 @@ cdef q2_status ensure_l2_table(ImageState img, uint64_t guest_cl, uint64_t *miss
             img.l1_is_dirty = True
             q2_add(&img.meta_seq, 1)
             q2_count(&img.count.metadata_writes, 1)
+            cache_new_table(img, table, new_off, guest_cl)
             st = guard_add(img, HOLDS_L2, first, 1)
             if st == Q2_OK and img.lazy_refcounts:
                 st = write_refcount(img, first)

@@ -20,7 +20,7 @@ from qcow2x._core.cache cimport (MOST_TOGETHER, SLOT_VALID, cache_begin_load, ca
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.overlap cimport guard_refblocks
-from qcow2x._core.state cimport (poison_unless_full, q2_runs, room_enter, room_wait, room_wake,
+from qcow2x._core.state cimport (poison_unless_full, poison_unless_kept, q2_runs, room_enter, room_wait, room_wake,
                                  runs_append, runs_take)
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED
@@ -275,7 +275,8 @@ cdef q2_status write_batch(ImageState img, int32_t site, q2_batch *batch) noexce
         st = img.file.write_at(site, batch.buffer + batch.piece[i].at, batch.piece[i].nbytes,
                                batch.piece[i].host_off, WRITE_DEFERRED)
         if st != Q2_OK:
-            return st
+            # All of the batch is dirty again, whatever of it has reached the file (settle).
+            return poison_unless_kept(img, st)
         q2_count(&img.count.metadata_writes, 1)
     return Q2_OK
 
@@ -347,7 +348,22 @@ cdef q2_status barrier_for(ImageState img, uint64_t seq) noexcept nogil:
     if seq <= q2_load(&img.file.durable_seq):
         return Q2_OK
     q2_count(&img.count.barriers, 1)
-    return img.file.sync(Q2_SITE_BARRIER)
+    return poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
+
+
+cdef q2_status restore_head(ImageState img) noexcept nogil:
+    """commit. After a write of the header failed nobody knows which one the file has. Either leads to
+    the same mapping until the L1 table in use changes on disk, and nothing that does is acknowledged,
+    nor the other's place freed, before the sync of a flush: that makes this header durable as well."""
+    cdef q2_status st
+    # Under meta, as in write_dirty_bit.
+    pthread_rwlock_wrlock(&img.meta)
+    st = poison_unless_kept(img, img.file.write_at(Q2_SITE_HEADER_UPDATE, img.head, 512, 0,
+                                                   WRITE_DEFERRED))
+    q2_count(&img.count.metadata_writes, 1)
+    img.head_stale = st != Q2_OK
+    pthread_rwlock_unlock(&img.meta)
+    return st
 
 
 cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2_batch *l1,
@@ -362,7 +378,7 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
         # Edges: refcounts before references; data that replaces old data before its mapping.
         # (An external data file has a count of its own, and no reason not to be asked each time.)
         if img.geo.external_data and q2_keeps(Q2_EDGE_DATA_FILE_BEFORE_L2):
-            st = img.data.sync(Q2_SITE_BARRIER)
+            st = poison_unless_full(img, img.data.sync(Q2_SITE_BARRIER))
             if st != Q2_OK:
                 return st
         if not q2_keeps(Q2_EDGE_DATA_BEFORE_L2):
@@ -396,6 +412,10 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
     memset(&l2, 0, sizeof(q2_batch))
     memset(&l1, 0, sizeof(q2_batch))
     memset(&unmapped, 0, sizeof(q2_runs))
+    if img.head_stale:
+        st = restore_head(img)
+        if st != Q2_OK:
+            return st
     # Shared would do to copy, but the dropped list is taken at the same instant.
     pthread_rwlock_wrlock(&img.meta)
     seq = q2_load(&img.meta_seq)
@@ -410,7 +430,7 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
         runs_take(&img.dropped, &unmapped)
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_OK:
-        st = poison_unless_full(img, write_ranks(img, &refblocks, &l2, &l1, data_seq))
+        st = write_ranks(img, &refblocks, &l2, &l1, data_seq)
     if (st == Q2_OK and make_durable and img.geo.external_data
             and q2_keeps(Q2_EDGE_DATA_FILE_BEFORE_FLUSH_RETURNS)):
         st = poison_unless_full(img, img.data.sync(Q2_SITE_FLUSH))

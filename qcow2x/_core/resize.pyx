@@ -74,7 +74,7 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         memcpy(l1, img.l1, <size_t>img.l1_size * 8)
         for i in range(entries):
             q2_store_be64(table + 8 * i, l1[i])
-        st = poison_unless_full(img, img.file.write_at(
+        st = poison_unless_kept(img, img.file.write_at(
             Q2_SITE_L1_GROW_WRITE, table, n_clusters << cbits, first << cbits, WRITE_DEFERRED))
         if st == Q2_OK and q2_keeps(Q2_EDGE_L1_BEFORE_HEADER):
             q2_count(&img.count.barriers, 1)
@@ -82,8 +82,16 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
     if st == Q2_OK:
         q2_store_be32(img.head + Q2_HDR_L1_SIZE, <uint32_t>entries)
         q2_store_be64(img.head + Q2_HDR_L1_OFFSET, first << cbits)
-        st = write_head(img, Q2_SITE_L1_GROW_ACTIVATE, Q2_EDGE_NONE)
+        st = poison_unless_kept(img, img.file.write_at(Q2_SITE_L1_GROW_ACTIVATE, img.head, 512, 0,
+                                                       WRITE_DEFERRED))
+        if st == Q2_OK:
+            st = poison_unless_full(img, img.file.sync(Q2_SITE_BARRIER))
+        q2_count(&img.count.metadata_writes, 1)
+        q2_count(&img.count.barriers, 1)
         if st != Q2_OK:
+            # Either header leads to the same mapping, until the next flush, which puts this one back
+            # before anything else.
+            img.head_stale = True
             q2_store_be32(img.head + Q2_HDR_L1_SIZE, img.l1_size)
             q2_store_be64(img.head + Q2_HDR_L1_OFFSET, img.l1_offset)
     if st == Q2_OK:
@@ -98,6 +106,9 @@ cdef q2_status grow_l1(ImageState img, uint64_t entries) noexcept nogil:
         st = guard_add(img, HOLDS_FIXED, first, n_clusters)
         if old_n and st == Q2_OK:
             st = runs_add(&img.limbo[img.epoch & 1], old_first, old_n)
+    elif first:
+        # The new place is free when the file is known not to name it.
+        runs_add(&img.dropped, first, n_clusters)
     pthread_rwlock_unlock(&img.meta)
     pthread_mutex_unlock(&img.commit)
     free(l1)

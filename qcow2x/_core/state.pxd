@@ -111,6 +111,8 @@ cdef class ImageState(Storage):
     cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place;
                                     # frozen, commit is enough. So with the fields of `header`, which
                                     # are looked at without a lock: atomic
+    cdef bint head_stale            # the file may have another than `head`, as a write of it failed:
+                                    # a write-back begins with it. Under commit
     cdef q2_cache l2
     cdef q2_cache refblocks
     cdef uint64_t free_hint         # no host cluster below this one is free
@@ -153,7 +155,7 @@ cdef class ImageState(Storage):
     cdef int32_t refused            # an errno if nothing is to be written from the start: what was asked
                                     # to be guarded cannot be found; set before the image is used
     cdef uint64_t refusals          # writes that this has cost
-    cdef uint64_t broken            # 1 after a metadata write failed
+    cdef uint64_t broken            # 1 after metadata could not be written, or a sync failed
     cdef uint64_t flush_tickets     # calls to flush so far
 
     # Under commit.
@@ -247,5 +249,9 @@ cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil
 
 # Whether a write may start: Q2_E_CLOSED, Q2_E_READONLY, Q2_E_BROKEN or Q2_OK.
 cdef q2_status may_write(ImageState img) noexcept nogil
-# After a metadata write or a sync failed: no room is retryable, all else poisons.
+# After a sync failed, or a write to a table that is in use and not kept in memory: no room is retryable,
+# all else poisons.
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil
+# After a write failed of what memory still has, or of what nothing on disk names yet: it is tried
+# again, or its place given back.
+cdef q2_status poison_unless_kept(ImageState img, q2_status status) noexcept nogil

@@ -348,6 +348,12 @@ cdef q2_status refuse_unguarded(ImageState img) noexcept nogil:
                       b"a snapshot's tables, which are to be guarded, cannot be found")
 
 
+cdef q2_status poison_unless_kept(ImageState img, q2_status status) noexcept nogil:
+    if status == Q2_E_IO or status == Q2_E_PYTHON:
+        return status
+    return poison_unless_full(img, status)
+
+
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil:
     if status != Q2_OK and status != Q2_E_NOMEM and not lacked_room(status):
         q2_store(&img.broken, 1)

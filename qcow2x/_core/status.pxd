@@ -68,6 +68,7 @@ cdef extern from "qcow2x/status.h" nogil:
         Q2_SITE_CLUSTER_ALLOC
         Q2_SITE_CLUSTER_ALLOC_BYTES
         Q2_SITE_CLUSTER_FREE
+        Q2_SITE_REFCOUNT_RAISE
         Q2_SITE_REFBLOCK_ALLOC
         Q2_SITE_L1_GROW_ALLOC
         Q2_SITE_BACKING_READ

@@ -144,7 +144,9 @@ def load_header(storage: Storage, without_refcounts: bool = False) -> Header:
     it names is nowhere: the header then says that there is none."""
 
     def pread(nbytes: int, at: int) -> bytes:
-        return _without_overhang(storage.pread(nbytes, at)) if at == 0 else storage.pread(nbytes, at)
+        return (
+            _without_overhang(storage.pread(nbytes, at)) if at == 0 else storage.pread(nbytes, at)
+        )
 
     try:
         return Header.load(pread, storage.size(), storage.name)
@@ -286,6 +288,9 @@ class _Repair:
     def _mend_entries(self) -> None:
         mender = self._mender()
         if mender.mend_snapshot_table(self._looked):
+            self._look_again()
+            mender = self._mender()
+        if mender.part_disk_l1(self._looked):
             self._look_again()
             mender = self._mender()
         moved = mender.part_l2_tables(self._looked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from support.stamps import noise, stamped
 
 import qcow2x
 from campaigns.power import SECTOR, Machine
+from qcow2x.errors import ImageBroken
 
 
 class Lost(AssertionError):
@@ -174,6 +176,67 @@ class Guest:
         length = self.rng.choice((SECTOR, 1024, 2048, cluster, 3 * cluster))
         length = max(align, length // align * align)
         return offset, min(length, self.image.size - offset)
+
+
+class UnluckyGuest(Guest):
+    """One whose disk refuses a write of metadata now and then. It goes on."""
+
+    #: Where what failed is kept in memory, or nothing on disk names its place yet.
+    SITES = (
+        *("refblock_update", "l2_update", "l1_update", "l2_alloc_write", "refblock_alloc_write"),
+        "reftable_grow_write",
+    )
+
+    def fail(self) -> None:
+        """One of the next writes will."""
+        file = self.machine.files[0]
+        file.failing_sites = tuple(self.rng.sample(self.SITES, self.rng.randrange(1, 4)))
+        file.error = self.rng.choice((errno.EIO, errno.EIO, errno.ENOSPC))
+        file.half_written = self.rng.random() < 0.5
+
+    def _write(self, offset: int, length: int) -> None:
+        data = stamped(offset, length, self._next())
+        began = self.machine.now
+        try:
+            self.image.pwrite(data, offset)
+        except ImageBroken:
+            raise
+        except OSError:
+            # What it had written may be found until what is read now is durable.
+            for at in range(0, length, SECTOR):
+                version = Version(began, data[at : at + SECTOR])
+                self.history[(offset + at) // SECTOR].append(version)
+            self._unlucky(began, offset, length)
+        else:
+            self._note(began, offset, data)
+
+    def discard(self) -> None:
+        offset, length = self._range(self.image.cluster_size)
+        began = self.machine.now
+        try:
+            self.image.discard(offset, length)
+        except ImageBroken:
+            raise
+        except OSError:
+            self._unlucky(began, offset, length)
+        else:
+            self._note(began, offset, self.image.pread(length, offset))
+
+    def _unlucky(self, began: int, offset: int, length: int) -> None:
+        """A request failed: nothing of it is durable, whatever the cache mode."""
+        now = self.image.pread(length, offset)
+        for at in range(0, length, SECTOR):
+            version = Version(began, now[at : at + SECTOR])
+            self.history[(offset + at) // SECTOR].append(version)
+            self._unsettled.append(version)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except ImageBroken:
+            raise
+        except OSError:
+            pass
 
 
 def prepare(

@@ -101,6 +101,8 @@ class RecordedFile:
         self.reads_fail = True
         self.error = errno.EIO
         self.half_written = False
+        #: The next write at one of these sites fails, and then no more.
+        self.failing_sites: tuple[str, ...] = ()
         self.calls = 0
         #: Where the image is, and where it was when first a call failed: names of status.h.
         self.site = self.failed_at = "NONE"
@@ -118,7 +120,7 @@ class RecordedFile:
 
     def pwrite(self, buffer: bytes, offset: int) -> int:
         data = bytes(buffer)
-        if self._fails():
+        if self._fails() or self._is_trapped():
             if self.half_written:
                 self._do("write", offset, data[: len(data) // 2 // SECTOR * SECTOR])
             raise self._failure()
@@ -144,6 +146,12 @@ class RecordedFile:
             return False
         if self.failed_at == "NONE":
             self.failed_at = self.site
+        return True
+
+    def _is_trapped(self) -> bool:
+        if self.site not in self.failing_sites:
+            return False
+        self.failing_sites = ()
         return True
 
     def _may_fail(self) -> None:

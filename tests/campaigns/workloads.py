@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from support.stamps import stamped
 
 import qcow2x
-from campaigns.guest import Guest, Lost, prepare
+from campaigns.guest import Guest, Lost, UnluckyGuest, prepare
 from campaigns.power import Machine, RecordedFile, State
 from qcow2x.encryption import Encryption
 
@@ -87,6 +87,7 @@ def _guest_case(
     before: Callable[[qcow2x.Image], object] | None = None,
     growth: str = "auto",
     left_over: int = 0,
+    guest_type: type[Guest] = Guest,
     **create: Any,
 ) -> Case:
     """``left_over``: bytes of something else behind the image, in its file or on its device."""
@@ -109,9 +110,10 @@ def _guest_case(
     image = qcow2x.open(file, "r+", cache=cache, growth=growth, **under)
     frozen = _snapshots(image)
     durable = cache in ("writethrough", "directsync")
-    guest = Guest(machine, image, rng, durable_at_return=durable, window=window)
+    guest = guest_type(machine, image, rng, durable_at_return=durable, window=window)
     guest.end = int(size * filled) // 512 * 512
     guest.work(steps, weights)
+    file.failing_sites = ()
     image.close()
     guest.settle()
 
@@ -205,6 +207,17 @@ def growth_of_refcounts(rng: random.Random) -> Case:
         filled=window[0] / size,
         window=window,
         shapes=("512-rc64",),
+    )
+
+
+def failing_writes(rng: random.Random) -> Case:
+    """Writes of metadata fail now and then; the work goes on, and a later flush tries again."""
+    return _guest_case(
+        rng,
+        {"append": 5, "write": 5, "discard": 2, "fail": 3, "flush": 3},
+        filled=rng.choice((0.0, 0.4)),
+        shapes=[name for name in SHAPES if name != "lazy"],
+        guest_type=UnluckyGuest,
     )
 
 
@@ -752,6 +765,7 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth, over what was there before": growth_over_left_over,
     "growth, reserved as holes": growth_into_holes,
     "growth of refcount blocks and table": growth_of_refcounts,
+    "writes of metadata that fail": failing_writes,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
     "copy-on-write from a backing file": cow_from_backing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -157,8 +158,9 @@ def _closed(session: Session) -> bool:
     except Exception as exc:
         if not is_expected(exc):
             raise
-        # Of a write that was refused only refcounts are left to write.
-        if getattr(exc, "site", None) != "refblock_update":
+        # Of a write that was refused, not failed, only refcounts are left to write.
+        refused = words.number(exc) in (errno.EINVAL, errno.EFBIG)
+        if not refused or getattr(exc, "site", None) != "refblock_update":
             report(f"Failed to flush the L2 table cache: {words.reason(exc)}")
         report(f"Failed to flush the refcount block cache: {words.reason(exc)}")
         return False
