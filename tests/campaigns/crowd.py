@@ -347,7 +347,9 @@ class Round:
         bitmaps = self.image.bitmaps
         first, other = NAMES
         if other in bitmaps:
-            bitmaps.merge(first, [other])
+            # The disk may become longer in the middle of it, and its bitmaps with it.
+            with suppress(KeyError if self.shape.travels else ()):
+                bitmaps.merge(first, [other])
             bitmaps.remove(other)
         else:
             bitmaps.add(other, random.choice((512, 65536)), enabled=random.random() < 0.7)
