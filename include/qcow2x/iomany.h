@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "pool.h"
@@ -21,6 +22,7 @@ typedef struct q2_io {
     uint64_t off;
     int fd;
     int writes; /* from buf to the file, else from the file to buf */
+    int flags;  /* of a write: 0 or RWF_DSYNC */
     int64_t got; /* bytes, or a negative errno, as the system call says it; short is possible */
 } q2_io;
 
@@ -89,12 +91,14 @@ static inline void q2_io_by_ring(q2_ring *ring, q2_io *r, size_t n)
         int rc;
         while (usable && queued < n && queued - completed < Q2_RING_DEPTH &&
                (sqe = io_uring_get_sqe(&ring->uring)) != NULL) {
-            if (r[queued].writes)
+            if (r[queued].writes) {
                 io_uring_prep_write(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
                                     r[queued].off);
-            else
+                sqe->rw_flags = r[queued].flags;
+            } else {
                 io_uring_prep_read(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
                                    r[queued].off);
+            }
             io_uring_sqe_set_data(sqe, &r[queued]);
             queued++;
         }
@@ -133,7 +137,8 @@ static inline void *q2_io_some(void *share_)
     size_t i;
     while ((i = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->n) {
         q2_io *r = &share->r[i];
-        ssize_t got = r->writes ? pwrite(r->fd, r->buf, r->nbytes, (off_t)r->off)
+        struct iovec one = {r->buf, r->nbytes};
+        ssize_t got = r->writes ? pwritev2(r->fd, &one, 1, (off_t)r->off, r->flags)
                                 : pread(r->fd, r->buf, r->nbytes, (off_t)r->off);
         r->got = got < 0 ? -errno : got;
     }

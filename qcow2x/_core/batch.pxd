@@ -1,6 +1,6 @@
 # Many transfers between memory and the file in which an image's data lies, under way together.
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
@@ -12,6 +12,7 @@ cdef extern from "qcow2x/iomany.h" nogil:
         uint64_t off
         int fd
         int writes
+        int flags
         int64_t got
 
 cdef enum:
@@ -23,6 +24,7 @@ cdef struct q2_batch:
     size_t n
     bint writes
     bint serves                     # False: takes nothing
+    uint32_t flags
     size_t failed                   # the first of the caller's requests of which something failed
 
 # One request of a caller.
@@ -31,8 +33,10 @@ cdef struct q2_wanted:
     size_t nbytes
     uint64_t guest_off
 
-# For `requests` requests of a caller, all of them reads or all of them writes.
-cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint writes) noexcept nogil
+# For `requests` requests of a caller, all of them reads or all of them writes, these with `flags` of
+# write_at.
+cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint writes,
+                      uint32_t flags) noexcept nogil
 
 # Whether the bytes can go along: they lie in a plain file, as they are, and suit O_DIRECT.
 cdef bint batch_takes(ImageState img, const q2_batch *batch, const void *buf, uint64_t nbytes,
@@ -44,7 +48,7 @@ cdef q2_status batch_add(ImageState img, q2_batch *batch, const void *buf, uint6
                          uint64_t host_off, size_t request) noexcept nogil
 
 # No lock held. Does what is collected and empties the batch. The answer is that of the first request
-# that failed, and `failed` is lowered to it. Nothing written is durable yet.
+# that failed, and `failed` is lowered to it.
 cdef q2_status batch_send(ImageState img, q2_batch *batch) noexcept nogil
 
 # No lock held. The same at the end of all, where `st` is what stopped the caller at request `at` (or

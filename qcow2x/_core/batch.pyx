@@ -5,19 +5,37 @@ from libc.stdint cimport uintptr_t
 from qcow2x._core.errors cimport last_error, q2_error, set_last_error
 from qcow2x._core.state cimport is_encrypted
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED, FileStorage, hold_edges, release_edges
-from qcow2x._core.sync cimport q2_raise_to
+from qcow2x._core.storage cimport WRITE_FUA, FileStorage, hold_edges, release_edges
+from qcow2x._core.sync cimport q2_add, q2_load32, q2_raise_to
 
 cdef extern from "qcow2x/iomany.h" nogil:
     void q2_io_many(q2_io *io, size_t n)
 
+cdef extern from "qcow2x/hostfile.h" nogil:
+    void q2_step_durable(uint64_t *durable, uint64_t seq)
+
+cdef extern from "<sys/uio.h>" nogil:
+    int RWF_DSYNC
+
 cdef uint64_t LONGEST = 1 << 30
 
 
-cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint writes) noexcept nogil:
+cdef inline bint by_itself_durable(FileStorage file, uint32_t flags) noexcept nogil:
+    return flags & WRITE_FUA and q2_load32(&file.can_dsync) and not file.ignore_sync
+
+
+cdef inline bint serves(FileStorage file, uint32_t flags) noexcept nogil:
+    """A host that cannot make a single write durable has write_at see to it."""
+    return not flags & WRITE_FUA or file.ignore_sync or by_itself_durable(file, flags)
+
+
+cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint writes,
+                      uint32_t flags) noexcept nogil:
     batch.n = 0
     batch.writes = writes
-    batch.serves = img.data_is_file and not is_encrypted(img) and not img.data.listens
+    batch.flags = flags
+    batch.serves = (img.data_is_file and not is_encrypted(img) and not img.data.listens
+                    and serves(<FileStorage>img.data, flags))
     batch.failed = requests
 
 
@@ -45,16 +63,17 @@ cdef q2_status batch_add(ImageState img, q2_batch *batch, const void *buf, uint6
     io.off = host_off
     io.fd = (<FileStorage>img.data).fd
     io.writes = batch.writes
+    io.flags = RWF_DSYNC if by_itself_durable(<FileStorage>img.data, batch.flags) else 0
     batch.of_request[batch.n] = request
     batch.n += 1
     return st
 
 
-cdef q2_status one_by_one(ImageState img, q2_io *io) noexcept nogil:
+cdef q2_status one_by_one(ImageState img, const q2_io *io, uint32_t flags) noexcept nogil:
     """What came back short: the end of the file, an interruption, an error. The storage knows what
     it means."""
     if io.writes:
-        return img.data.write_at(Q2_SITE_DATA_WRITE, io.buf, io.nbytes, io.off, WRITE_DEFERRED)
+        return img.data.write_at(Q2_SITE_DATA_WRITE, io.buf, io.nbytes, io.off, flags)
     return img.data.read_at(Q2_SITE_DATA_READ, io.buf, io.nbytes, io.off)
 
 
@@ -68,7 +87,10 @@ cdef void transfer(FileStorage file, q2_batch *batch) noexcept nogil:
         for i in range(batch.n):
             if batch.io[i].got == <int64_t>batch.io[i].nbytes:
                 q2_raise_to(&file.file_size, batch.io[i].off + batch.io[i].nbytes)
-                file.note_write()
+                if batch.io[i].flags:
+                    q2_step_durable(&file.durable_seq, q2_add(&file.write_seq, 1))
+                else:
+                    file.note_write()
 
 
 cdef q2_status batch_send(ImageState img, q2_batch *batch) noexcept nogil:
@@ -80,7 +102,7 @@ cdef q2_status batch_send(ImageState img, q2_batch *batch) noexcept nogil:
     for i in range(batch.n):
         io = &batch.io[i]
         if io.got != <int64_t>io.nbytes and batch.of_request[i] < batch.failed:
-            this = one_by_one(img, io)
+            this = one_by_one(img, io, batch.flags)
             if this != Q2_OK:
                 st = this
                 batch.failed = batch.of_request[i]

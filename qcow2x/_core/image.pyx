@@ -270,7 +270,7 @@ cdef class CoreImage(ImageState):
 
         Returns a list with the length of each. What is overwritten in the image's file is under way
         together, by io_uring or, where the kernel does not let us, by threads; what allocates goes one
-        by one. Durable as :meth:`pwrite` says, all of them by one flush at the end. Raises what that
+        by one, and one flush makes all of that durable. Durable as :meth:`pwrite` says. Raises what that
         raises, ValueError before anything is written; of other failures the first in their order, and
         what of the others was written is not said. The ranges must not overlap.
         """

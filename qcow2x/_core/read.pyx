@@ -181,7 +181,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
     cdef int32_t k
     cdef const q2_extent *ext
     cdef q2_status st = Q2_OK
-    batch_begin(img, &batch, n, False)
+    batch_begin(img, &batch, n, False, 0)
     while i < n and st == Q2_OK:
         out = <uint8_t *>wanted[i].buf
         pos = wanted[i].guest_off

@@ -13,8 +13,8 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
                            bint fua) noexcept nogil
 
 # No lock held. Many such writes, each inside the disk and none over another. Those that go in place
-# are under way together; with fua, or where the image is `durable`, all are made durable by one flush
-# at the end. The answer is that of the first in their order that failed; what of the others was written
+# are under way together; with fua, or where the image is `durable`, all are durable at return, those
+# that allocate by one flush. The answer is that of the first in their order that failed; what of the others was written
 # is not said.
 cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n, bint fua) noexcept nogil
 

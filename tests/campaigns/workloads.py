@@ -154,7 +154,7 @@ def growth(rng: random.Random) -> Case:
 
 
 def many_writes(rng: random.Random) -> Case:
-    """One flush makes all writes of a call durable, those that allocate and those that do not."""
+    """Writes of one call are durable when it returns, those that allocate and those that do not."""
     return _guest_case(
         rng,
         {"write_many": 8, "write": 2, "discard": 1, "flush": 1},
