@@ -199,6 +199,11 @@ PLAIN = {
     "data is the L2 table": other_l2_table,
     "data is the L1 table": lambda raw: raw.put(raw.l2() + 8, COPIED | raw.l1),
     "data is the refcount block": lambda raw: raw.put(raw.l2() + 8, COPIED | raw.block()),
+    "data is the L1 table, which changes": lambda raw: (
+        raw.put(raw.l2() + 16, raw.l1),
+        raw.put(raw.l1 + 16, COPIED | raw.rt),
+        raw.set(raw.l1, 1 << 57),
+    ),
     "data is the refcount table": lambda raw: raw.put(raw.l2() + 8, COPIED | raw.rt),
     "data made compressed": lambda raw: raw.set(raw.l2(), COMPRESSED),
     "compressed with COPIED": lambda raw: raw.set(raw.l2() + 8 * 24, COPIED),

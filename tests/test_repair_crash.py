@@ -106,6 +106,7 @@ CRASHES = {
             "L1 to the refcount block",
             "L1 to the refcount table",
             "data is the refcount block",
+            "data is the L1 table, which changes",
         )
     },
     **{

@@ -22,6 +22,7 @@ cdef class Checker:
     cdef readonly list l1_tables     # [(offset, entries, active)] of those that can be walked
     cdef readonly set shared_l2      # offsets of L2 tables where something else lies as well
     cdef readonly set shared_l1      # the same of L1 tables of snapshots
+    cdef readonly bint disk_l1_shared   # and of the disk's own
     cdef readonly list missing_blocks   # refcount blocks that clusters in use need
     cdef readonly set used_blocks    # refcount blocks of clusters that something refers to
     cdef dict snapshot_names         # of those that were found wrong, by their place in the table

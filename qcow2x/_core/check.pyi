@@ -8,6 +8,7 @@ class Checker:
     l1_tables: list[tuple[int, int, bool]]
     shared_l2: set[int]
     shared_l1: set[int]
+    disk_l1_shared: bool
     missing_blocks: list[int]
     used_blocks: set[int]
     rt_shared: bool

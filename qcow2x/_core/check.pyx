@@ -198,9 +198,11 @@ cdef class Checker:
         for host_off, n, active in self.l1_tables:
             start = host_off >> self.c.g.cluster_bits
             for host_cl in range(start, start + ((n * 8 - 1) >> self.c.g.cluster_bits) + 1):
-                if (in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1
-                        and not active):
-                    self.shared_l1.add(host_off)
+                if in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1:
+                    if active:
+                        self.disk_l1_shared = True
+                    else:
+                        self.shared_l1.add(host_off)
         for host_cl in range(first, first + self.header.fields.rt_clusters):
             if in_window(&self.c, host_cl) and get_count(&self.c, host_cl) != 1:
                 self.rt_shared = True

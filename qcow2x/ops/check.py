@@ -290,6 +290,9 @@ class _Repair:
         if mender.mend_snapshot_table(self._looked):
             self._look_again()
             mender = self._mender()
+        if mender.part_disk_l1(self._looked):
+            self._look_again()
+            mender = self._mender()
         moved = mender.part_l2_tables(self._looked)
         backed = self._header.backing_file is not None
         # It reads through the view, as the tables may lie where others have been changed.

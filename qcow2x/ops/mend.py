@@ -17,7 +17,7 @@ from qcow2x.ops.overlay import Overlay
 from qcow2x.storage import FileStorage, Storage
 
 # Offsets in the header, section "Header"; include/qcow2x/format.h has them all.
-_RT_OFFSET, _NB_SNAPSHOTS, _INCOMPAT, _AUTOCLEAR = 48, 60, 72, 88
+_L1_OFFSET, _RT_OFFSET, _NB_SNAPSHOTS, _INCOMPAT, _AUTOCLEAR = 40, 48, 60, 72, 88
 _DIRTY_AND_CORRUPT = 3
 _AUTOCLEAR_BITMAPS, _AUTOCLEAR_KNOWN = 1, 3
 _EXT_BITMAPS = 0x23852875
@@ -89,7 +89,17 @@ class Mender:
             sound = struct.pack(">Q", bits & ~_DIRTY_AND_CORRUPT)
             self._overlay.write(STEP_CLEAN, sound, _INCOMPAT)
 
-    # ---- L2 tables ----
+    # ---- The disk's tables ----
+
+    def part_disk_l1(self, looked: Checker) -> bool:
+        """Copies the disk's L1 table to a place of its own where it lies where something else does,
+        which may be what the guest reads. Returns whether it had to."""
+        nbytes = self._header.l1_size * 8
+        if not looked.disk_l1_shared or nbytes > _MAX_L1_BYTES:
+            return False
+        place = self._space.put(self._read(nbytes, self._header.l1_offset))
+        self._overlay.write(STEP_LINK, struct.pack(">Q", place), _L1_OFFSET)
+        return True
 
     def part_l2_tables(self, looked: Checker) -> dict[int, int]:
         """Copies each L2 table that lies where something else lies to a place of its own; returns
@@ -153,8 +163,8 @@ class Mender:
         """Writes the table anew where entries lack what version 3 requires (the disk's size is
         that of the active disk, as it is for readers that meet such an entry) or have more extra
         data than any reader takes. What is past the limits of the table is dropped. A snapshot
-        whose L1 table lies where something else does gets a copy: what the guest has there stays,
-        and the disk's own table changes in place. Returns whether anything had to change."""
+        whose L1 table lies where something else does gets a copy: what the guest has there stays.
+        Returns whether anything had to change."""
         at = start = self._header.snapshots_offset
         entries: list[bytes] = []
         table_bytes = 0
