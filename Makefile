@@ -70,7 +70,7 @@ mutants: $(VENV)/.installed
 	cd tests && $(BIN)/python -m campaigns.mutants $(ARGS)
 
 # SOME="crash faults" runs only those; the figures of the others stay.
-SOME ?= crash mutants faults soak
+SOME ?= crash mutants faults soak fuzz fuzz-qemu asan race
 FIGURES := $(abspath docs/reliability)
 reliability:
 	@mkdir -p $(FIGURES)

@@ -4,6 +4,7 @@ round, and, apart from that, into disks in which every byte was written before."
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from loads import many_at_once, side_by_side
@@ -169,4 +170,36 @@ def bench_grow(folder, versus, qemu_aio, cache, nbytes, pattern, depth):
         one_round,
         requests=load.count,
         tags=tags_of(*kind),
+    )
+
+
+@pytest.mark.parametrize("cache", ["none", "writethrough", "directsync"], indirect=True)
+def bench_rewrite_many(used, versus, qemu_aio, cache):
+    """32 requests in each call of pwritev_many, beside 32 threads on a raw file."""
+    load = load_for(cache, 4 * KIB, "scattered", 32, grows=False)
+    requests = list(zip(load.buffers, load.offsets, strict=True))
+    calls = [requests[i : i + 32] for i in range(0, len(requests), 32)]
+
+    def prepare(who):
+        (race.make_cold if race.RAW_FLAGS[cache] & os.O_DIRECT else race.make_warm)(used[who])
+        return used[who]
+
+    def one_round():
+        fd = race.open_raw(prepare("raw"), cache)
+        raw = many_at_once(load, lambda data, off: os.pwritev(fd, [data], off), 32)
+        race.close_raw(fd)
+        with qcow2x.open(prepare("qcow2x"), "r+", cache=cache) as image:
+            start = time.perf_counter()
+            for call in calls:
+                image.pwritev_many(call)
+            ours = time.perf_counter() - start
+        aio = qemu_aio(cache)
+        qemu = race.time_qemu(load, prepare("qemu"), cache, write=True, aio=aio, depth=32)
+        return {OURS: ours, RAW: raw, QEMU: qemu}
+
+    versus(
+        f"rewrite 4 KiB scattered, {cache}, pwritev_many of 32",
+        one_round,
+        requests=load.count,
+        tags={"work": "rewrite many", "cache": cache},
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,8 @@ def faults(figures: Figures) -> str:
     return f"""## Calls that fail
 
 `make faults`. Every storage call of every verb fails once: with EIO, with ENOSPC, with a write of
-which only the front half is there. Afterwards the file is sound, old data is there, and the image
+which only the front half is there; or the disk is full from that call on, for whatever is tried, until
+there is room again. Afterwards the file is sound, old data is there, and the image
 works on or refuses writes with a clear error; after lack of room the same verb works once there is
 room. A number says how often an outcome was seen.
 
@@ -113,6 +113,10 @@ def soak(figures: Figures) -> str:
 {figures["seconds"]:,} seconds; {len(figures["failures"])} runs found something wrong.
 
 {_table(("operation", "times"), operations)}
+
+The images that were opened for it, by what they were:
+
+{_table(("image", "times"), sorted(figures["shapes"].items()))}
 """
 
 
@@ -136,18 +140,52 @@ def asan(figures: Figures) -> str:
 
 
 def fuzz(figures: Figures) -> str:
-    plain = [[name, value] for name, value in figures.items() if isinstance(value, int)]
-    wrong: Counter[str] = Counter()
-    for name, value in figures.items():
-        if isinstance(value, (list, dict)) and name in ("wrong", "failures", "crashes"):
-            wrong[name] = len(value)
+    counts = [[name, value] for name, value in figures.items() if name in _OF_A_FUZZER]
+    wrong = figures["wrong"]
     return f"""## Hostile images
 
 `make fuzz`. Coverage-guided: images with mutated headers, tables and streams are opened, inspected,
-checked, read and written, the core watched by the sanitizers.
+checked, read, written and repaired, the core watched by the sanitizers. Seed {figures["seed"]},
+{figures["seconds"]:,} seconds.
 
-{_table(("", ""), [*plain, *wrong.items()])}
+{_table(("", "times"), [*counts, ["images that something went wrong with", len(wrong)]])}
+{_told(wrong)}"""
+
+
+_OF_A_FUZZER = ("executions", "asked of qemu-img", "edges", "kept")
+
+
+def fuzz_qemu(figures: Figures) -> str:
+    commands = sorted(figures["commands"].items())
+    wrong = figures["wrong"]
+    return f"""## QEMU's own image fuzzer
+
+`make fuzz-qemu`. Of each of {figures["images"]:,} images that it damages, seeds from
+{figures["seed"]} on, our programs are asked what it asks QEMU's, and more, under the sanitizers, for
+{figures["seconds"]:,} seconds: {sum(figures["commands"].values()):,} commands, of which {len(wrong)}
+crashed, hung, ended with a traceback or an unknown status, or took too much memory.
+
+{_table(("command", "times"), commands)}
+{_told(wrong)}"""
+
+
+def race(figures: Figures) -> str:
+    operations = sorted(figures["operations"].items())
+    return f"""## Threads
+
+`make race`. Threads of every kind on one image, and forks among them, under ThreadSanitizer, seeds
+from {figures["seed"]} on: {figures["rounds"]:,} rounds, {figures["races"]} data races.
+
+{_table(("operation", "times"), operations)}
 """
+
+
+def _told(wrong: list[str]) -> str:
+    """What a run found. Each is mended, with a test, before its figures are committed."""
+    if not wrong:
+        return ""
+    found = "\n".join(f"- {what}" for what in wrong)
+    return f"\nFound, and mended since, each with a test of its own:\n\n{found}\n"
 
 
 SECTIONS: dict[str, Callable[[Figures], str]] = {
@@ -156,6 +194,8 @@ SECTIONS: dict[str, Callable[[Figures], str]] = {
     "faults": faults,
     "soak": soak,
     "fuzz": fuzz,
+    "fuzz-qemu": fuzz_qemu,
+    "race": race,
     "asan": asan,
 }
 

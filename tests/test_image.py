@@ -44,6 +44,7 @@ def test_offsets_out_of_range(path: Path, offset: int) -> None:
             lambda: image.preadinto(bytearray(1), offset),
             lambda: image.preadv_many([(bytearray(1), offset)]),
             lambda: image.pwrite(b"x", offset),
+            lambda: image.pwritev_many([(b"x", offset)]),
             lambda: image.pwrite_compressed(bytes(4096), offset),
             lambda: image.write_zeroes(offset, 1),
             lambda: image.discard(offset, 1),

@@ -17,17 +17,19 @@ from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
 from qcow2x._core.amend cimport change_refcount_width
 from qcow2x._core.crypto cimport SectorCipher
 from qcow2x._core.discard cimport discard_guest, unmap_guest, zero_guest
+from qcow2x._core.door cimport door_length, door_offset
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport check_status, fail, last_error, set_last_error
 from qcow2x._core.flush cimport (flush_closing, flush_if_metadata_changed, flush_image,
                                  settle_refcounts)
 from qcow2x._core.geometry cimport l1_entries_for, set_geometry
 from qcow2x._core.header cimport Header
+from qcow2x._core.manybuffers cimport ManyBuffers
 from qcow2x._core.mapping cimport plan_range
 from qcow2x._core.metadata cimport load_slice, mark_corrupt
 from qcow2x._core.overlap cimport *
 from qcow2x._core.plan cimport q2_plan
-from qcow2x._core.read cimport guest_extent, q2_wanted, read_guest, read_many
+from qcow2x._core.read cimport guest_extent, read_guest, read_many
 from qcow2x._core.reserve cimport init_growth
 from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
@@ -44,7 +46,7 @@ from qcow2x._core.sync cimport *
 from qcow2x._core.vmstate cimport load_vmstate, save_vmstate, vmstate_at
 from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
                                 Q2_MAX_L1_BYTES, q2_load_be64, q2_store_be64)
-from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
+from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest, write_many
 from qcow2x.errors import CorruptImage
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
@@ -230,34 +232,16 @@ cdef class CoreImage(ImageState):
         an O_DIRECT image gains most. The first failure in their order raises; what the other
         buffers then hold is not said. Buffers must not overlap.
         """
-        cdef list parts = list(requests)
-        cdef Py_ssize_t n = len(parts)
-        cdef Py_ssize_t held = 0
-        cdef Py_ssize_t i
-        cdef q2_status st
-        cdef Py_buffer *view = <Py_buffer *>malloc((n + 1) * sizeof(Py_buffer))
-        cdef q2_wanted *wanted = <q2_wanted *>malloc((n + 1) * sizeof(q2_wanted))
-        try:
-            if view is NULL or wanted is NULL:
-                raise MemoryError(f"{self.name}: no memory for {n} requests")
-            for i in range(n):
-                buffer, offset = parts[i]
-                wanted[i].guest_off = door_offset(offset)
-                PyObject_GetBuffer(buffer, &view[i], PyBUF_WRITABLE)
-                held += 1
-                wanted[i].buf = view[i].buf
-                wanted[i].nbytes = self._until_end(view[i].len, wanted[i].guest_off)
-            st = self._open_status()
-            if st == Q2_OK:
-                with nogil:
-                    st = read_many(self, wanted, n)
-            self._raise(st)
-            return [wanted[i].nbytes for i in range(n)]
-        finally:
-            for i in range(held):
-                PyBuffer_Release(&view[i])
-            free(view)
-            free(wanted)
+        cdef ManyBuffers many = ManyBuffers(self.name, requests, PyBUF_WRITABLE)
+        cdef size_t i
+        cdef q2_status st = self._open_status()
+        for i in range(many.n):
+            many.wanted[i].nbytes = self._until_end(many.wanted[i].nbytes, many.wanted[i].guest_off)
+        if st == Q2_OK:
+            with nogil:
+                st = read_many(self, many.wanted, many.n)
+        self._raise(st)
+        return many.lengths()
 
     # ---- Writing --------------------------------------------------------------------------------
 
@@ -280,6 +264,27 @@ cdef class CoreImage(ImageState):
         PyBuffer_Release(&view)
         self._raise(st)
         return n
+
+    def pwritev_many(self, requests, *, bint fua=False):
+        """Serves many writes in one call: ``requests`` is a sequence of ``(data, offset)``.
+
+        Returns a list with the length of each. What is overwritten in the image's file is under way
+        together, by io_uring or, where the kernel does not let us, by threads; what allocates goes one
+        by one. Durable as :meth:`pwrite` says, all of them by one flush at the end. Raises what that
+        raises, ValueError before anything is written; of other failures the first in their order, and
+        what of the others was written is not said. The ranges must not overlap.
+        """
+        cdef ManyBuffers many = ManyBuffers(self.name, requests, PyBUF_SIMPLE)
+        cdef size_t i
+        cdef q2_status st = self._open_status()
+        for i in range(many.n):
+            if st == Q2_OK:
+                st = self._inside(many.wanted[i].guest_off, many.wanted[i].nbytes)
+        if st == Q2_OK and many.n:
+            with nogil:
+                st = write_many(self, many.wanted, many.n, fua)
+        self._raise(st)
+        return many.lengths()
 
     def pwrite_compressed(self, data, offset, *, level=None):
         """Writes whole clusters compressed; returns the number of bytes taken.
@@ -1031,25 +1036,3 @@ cdef q2_table published(bytes table, host_off, count):
     t.host_off = host_off
     t.count = count
     return t
-
-
-cdef uint64_t door_offset(value) except? 0:
-    cdef int64_t n
-    try:
-        n = value
-    except OverflowError:
-        raise ValueError(f"offset {value} is out of range") from None
-    if n < 0:
-        raise ValueError(f"offset {value} is negative")
-    return <uint64_t>n
-
-
-cdef uint64_t door_length(value) except? 0:
-    cdef int64_t n
-    try:
-        n = value
-    except OverflowError:
-        raise ValueError(f"length {value} is out of range") from None
-    if n < 0:
-        raise ValueError(f"length {value} is negative")
-    return <uint64_t>n

@@ -2,6 +2,7 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t
 
+from qcow2x._core.batch cimport q2_wanted
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.storage cimport q2_extent
@@ -10,12 +11,6 @@ from qcow2x._core.storage cimport q2_extent
 # the disk. One failure fails the whole request.
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil
-
-# One of several reads that are served together.
-cdef struct q2_wanted:
-    void *buf
-    size_t nbytes
-    uint64_t guest_off
 
 # No lock held. All of them, each inside the disk. What lies in a file is read many at a time, by
 # io_uring or by threads; what is compressed, encrypted, in a backing file or in a Python storage

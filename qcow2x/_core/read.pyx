@@ -1,11 +1,13 @@
 # cython: language_level=3
 """Guest reads: plan under the shared lock, then do what the plan says without it."""
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t
 from libc.string cimport memcpy, memset
 
+from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes, q2_batch,
+                                 q2_wanted)
 from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
 from qcow2x._core.codec cimport decode_cluster
-from qcow2x._core.errors cimport fail, last_error, set_last_error
+from qcow2x._core.errors cimport fail
 from qcow2x._core.mapping cimport plan_range
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
@@ -14,23 +16,8 @@ from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.sectors cimport read_encrypted
 from qcow2x._core.state cimport enter_request, has_backing, is_encrypted, leave_request
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport FileStorage, Storage
+from qcow2x._core.storage cimport Storage
 from qcow2x._core.sync cimport *
-
-cdef extern from "qcow2x/readmany.h" nogil:
-    ctypedef struct q2_read:
-        void *buf
-        size_t nbytes
-        uint64_t off
-        int fd
-        int64_t got
-    void q2_read_many(q2_read *r, size_t n)
-
-cdef enum:
-    MANY = 128                  # reads of a file that are collected before they are sent
-
-cdef uint64_t LONGEST_READ = 1 << 30
-
 
 cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
     """Decodes the cluster of `ext` into buf, straight when all of it is wanted."""
@@ -183,40 +170,6 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     return st
 
 
-# Reads of the data file, collected for one batch.
-cdef struct q2_batch:
-    q2_read read[MANY]
-    size_t of_request[MANY]     # which of the wanted each belongs to
-    size_t n
-
-
-cdef q2_status send_batch(ImageState img, q2_batch *batch, size_t *failed) noexcept nogil:
-    """Empties it. *failed is lowered to the first request that failed, whose status is returned."""
-    cdef q2_status st = Q2_OK
-    cdef q2_status this
-    cdef size_t i
-    cdef q2_read *r
-    q2_read_many(batch.read, batch.n)
-    for i in range(batch.n):
-        r = &batch.read[i]
-        if r.got != <int64_t>r.nbytes and batch.of_request[i] < failed[0]:
-            # The end of the file, an interruption, an error: the storage knows what it means.
-            this = img.data.read_at(Q2_SITE_DATA_READ, r.buf, r.nbytes, r.off)
-            if this != Q2_OK:
-                st = this
-                failed[0] = batch.of_request[i]
-    batch.n = 0
-    return st
-
-
-cdef bint goes_into_batch(FileStorage file, const q2_extent *ext,
-                          const uint8_t *buf) noexcept nogil:
-    if ext.kind != Q2_KIND_DATA or ext.nbytes > LONGEST_READ:
-        return False
-    return file.bounce is NULL or ((ext.host_off | ext.nbytes) & (file.align - 1) == 0
-                                   and <uintptr_t>buf & (file.mem_align - 1) == 0)
-
-
 cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noexcept nogil:
     cdef q2_batch batch
     cdef q2_plan plan
@@ -224,15 +177,12 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
     cdef uint64_t pos, end
     cdef uint32_t parity = 0
     cdef bint entered = False
-    cdef bint batched = img.data_is_file and not is_encrypted(img) and not img.data.listens
-    cdef size_t failed = n
     cdef size_t i = 0
     cdef int32_t k
+    cdef const q2_extent *ext
     cdef q2_status st = Q2_OK
-    cdef q2_status sent
-    cdef q2_error detail
-    batch.n = 0
-    while i < failed:
+    batch_begin(img, &batch, n, False)
+    while i < n and st == Q2_OK:
         out = <uint8_t *>wanted[i].buf
         pos = wanted[i].guest_off
         end = pos + wanted[i].nbytes
@@ -240,35 +190,18 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
             st = plan_next(img, pos, end - pos, &plan, &entered, &parity)
             k = 0
             while st == Q2_OK and k < plan.n:
-                if batched and goes_into_batch(<FileStorage>img.data, &plan.extent[k], out):
-                    if batch.n == MANY:
-                        st = send_batch(img, &batch, &failed)
-                        if st != Q2_OK:
-                            break
-                    batch.read[batch.n].buf = out
-                    batch.read[batch.n].nbytes = plan.extent[k].nbytes
-                    batch.read[batch.n].off = plan.extent[k].host_off
-                    batch.read[batch.n].fd = (<FileStorage>img.data).fd
-                    batch.of_request[batch.n] = i
-                    batch.n += 1
+                ext = &plan.extent[k]
+                if ext.kind == Q2_KIND_DATA and batch_takes(img, &batch, out, ext.nbytes,
+                                                            ext.host_off):
+                    st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i)
                 else:
-                    st = read_extent(img, &plan.extent[k], out)
-                out += plan.extent[k].nbytes
+                    st = read_extent(img, ext, out)
+                out += ext.nbytes
                 k += 1
             pos += plan.nbytes
-        if st != Q2_OK:
-            if i < failed:
-                failed = i
-            break
-        i += 1
-    if batch.n:
-        detail = last_error()
-        sent = send_batch(img, &batch, &failed)
-        if sent != Q2_OK:
-            # Of a request before the one that failed, or of that one's earlier part.
-            st = sent
-        else:
-            set_last_error(detail)
+        if st == Q2_OK:
+            i += 1
+    st = batch_end(img, &batch, st, i)
     if entered:
         leave_request(img, parity)
     return st

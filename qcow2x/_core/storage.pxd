@@ -98,3 +98,8 @@ cdef class FileStorage(Storage):
     cdef uint64_t file_size          # at least the size as this object has grown it; atomic
     cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones
     cdef void *bounce                # pool of aligned buffers, NULL when buffered
+
+
+# Around whole, aligned writes with the descriptor (shared), and around what must not meet one.
+cdef void hold_edges(FileStorage self, bint shared) noexcept nogil
+cdef void release_edges(FileStorage self) noexcept nogil

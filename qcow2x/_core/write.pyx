@@ -10,11 +10,13 @@ from libc.stdint cimport int32_t
 from posix.uio cimport iovec
 
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
+from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes, q2_batch,
+                                 q2_wanted)
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport q2_cow, write_with_cow
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
-from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
+from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed, flush_image
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.growth cimport clear_from, fill_reserve
 from qcow2x._core.l2table cimport *
@@ -405,17 +407,15 @@ cdef inline bint continues_in_kept(ImageState img, const q2_plan *plan) noexcept
             and plan.extent[1].host_off == plan.extent[0].host_off + plan.extent[0].nbytes)
 
 
-cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbytes,
-                              uint64_t guest_off, uint32_t flags, bint alone, bint *entered,
-                              uint32_t *parity, uint64_t *done) noexcept nogil:
-    """Writes the part of the request that leads it and needs no metadata; *done may be 0. Unless
-    `alone` it leaves to write_allocating what makes one write with what follows it."""
-    cdef q2_plan plan
-    cdef iovec part
+cdef q2_status plan_in_place(ImageState img, uint64_t guest_off, uint64_t nbytes, bint alone,
+                             bint *entered, uint32_t *parity, q2_plan *plan,
+                             int32_t *leading) noexcept nogil:
+    """Plans the part of the request that leads it and needs no metadata, the first *leading extents,
+    maybe none. Unless `alone` it leaves to write_allocating what makes one write with what follows
+    it."""
     cdef uint64_t miss = 0, turn = 0
-    cdef int32_t i
     cdef q2_status st
-    done[0] = 0
+    leading[0] = 0
     while True:
         pthread_rwlock_rdlock(&img.meta)
         st = Q2_OK
@@ -423,9 +423,9 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
             st = enter_write(img, parity)
             entered[0] = st == Q2_OK
         if st == Q2_OK:
-            st = plan_range(img, guest_off, nbytes, True, &plan, &miss)
+            st = plan_range(img, guest_off, nbytes, True, plan, &miss)
             if st == Q2_OK and not img.geo.external_data:
-                st = guard_in_place(img, &plan, &miss)
+                st = guard_in_place(img, plan, &miss)
             if st == Q2_OK and plan.extent[0].in_place:
                 note_used(img, guest_off >> img.geo.cluster_bits,
                           (guest_off + plan.nbytes - 1 >> img.geo.cluster_bits) + 1)
@@ -441,25 +441,39 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
         st = load_slice(img, miss)
         if st != Q2_OK:
             break
-    if st != Q2_OK or (not alone and continues_in_kept(img, &plan)):
+    if st != Q2_OK or (not alone and continues_in_kept(img, plan)):
         return st
-    for i in range(plan.n):
-        if plan.extent[i].kind != Q2_KIND_DATA or not plan.extent[i].in_place:
-            break
-        if is_encrypted(img):
-            part.iov_base = <void *>(data + done[0])
-            part.iov_len = plan.extent[i].nbytes
-            st = write_encrypted(img, Q2_SITE_DATA_WRITE, &part, 1, plan.extent[i].host_off,
-                                 plan.extent[i].guest_off, flags)
-        else:
-            if img.file.listens and img.data is not img.file:
-                img.file.reach(Q2_SITE_DATA_WRITE)
-            st = img.data.write_at(Q2_SITE_DATA_WRITE, data + done[0], plan.extent[i].nbytes,
-                                   plan.extent[i].host_off, flags)
-        if st != Q2_OK:
-            return st
-        done[0] += plan.extent[i].nbytes
+    while (leading[0] < plan.n and plan.extent[leading[0]].kind == Q2_KIND_DATA
+           and plan.extent[leading[0]].in_place):
+        leading[0] += 1
     return Q2_OK
+
+
+cdef q2_status write_extent(ImageState img, const q2_extent *ext, const uint8_t *data,
+                            uint32_t flags) noexcept nogil:
+    cdef iovec part
+    if is_encrypted(img):
+        part.iov_base = <void *>data
+        part.iov_len = ext.nbytes
+        return write_encrypted(img, Q2_SITE_DATA_WRITE, &part, 1, ext.host_off, ext.guest_off, flags)
+    if img.file.listens and img.data is not img.file:
+        img.file.reach(Q2_SITE_DATA_WRITE)
+    return img.data.write_at(Q2_SITE_DATA_WRITE, data, ext.nbytes, ext.host_off, flags)
+
+
+cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbytes,
+                              uint64_t guest_off, uint32_t flags, bint alone, bint *entered,
+                              uint32_t *parity, uint64_t *done) noexcept nogil:
+    cdef q2_plan plan
+    cdef int32_t leading = 0, i
+    cdef q2_status st = plan_in_place(img, guest_off, nbytes, alone, entered, parity, &plan, &leading)
+    done[0] = 0
+    for i in range(leading):
+        if st == Q2_OK:
+            st = write_extent(img, &plan.extent[i], data + done[0], flags)
+        if st == Q2_OK:
+            done[0] += plan.extent[i].nbytes
+    return st
 
 
 cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
@@ -486,6 +500,71 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         leave_write(img, parity)
     if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
+    flush_if_much_freed(img)
+    return st
+
+
+cdef q2_status collect_in_place(ImageState img, q2_batch *batch, size_t request, const uint8_t *data,
+                                uint64_t nbytes, uint64_t guest_off, bint alone, bint *entered,
+                                uint32_t *parity, uint64_t *done) noexcept nogil:
+    """As write_in_place, but what can go along with others waits in the batch."""
+    cdef q2_plan plan
+    cdef const q2_extent *ext
+    cdef int32_t leading = 0, i
+    cdef q2_status st = plan_in_place(img, guest_off, nbytes, alone, entered, parity, &plan, &leading)
+    done[0] = 0
+    for i in range(leading):
+        ext = &plan.extent[i]
+        if st != Q2_OK:
+            break
+        if batch_takes(img, batch, data + done[0], ext.nbytes, ext.host_off):
+            st = batch_add(img, batch, data + done[0], ext.nbytes, ext.host_off, request)
+        else:
+            st = write_extent(img, ext, data + done[0], WRITE_DEFERRED)
+        done[0] += ext.nbytes
+    return st
+
+
+cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
+                          bint fua) noexcept nogil:
+    cdef q2_batch batch
+    cdef const uint8_t *data
+    cdef uint64_t left, guest_off, done
+    cdef uint32_t parity = 0
+    cdef bint entered = False, alone
+    cdef size_t i = 0, k
+    cdef q2_status st = may_write(img)
+    if n == 1:
+        return write_guest(img, wanted.buf, wanted.nbytes, wanted.guest_off, fua)
+    # What waits in the batch has been planned in this image's present epoch (`parity`): whoever frees
+    # those clusters meanwhile may not have them used again before all of this has left.
+    batch_begin(img, &batch, n, True)
+    while i < n and st == Q2_OK:
+        data = <const uint8_t *>wanted[i].buf
+        left = wanted[i].nbytes
+        guest_off = wanted[i].guest_off
+        alone = False
+        while left and st == Q2_OK:
+            st = collect_in_place(img, &batch, i, data, left, guest_off, alone, &entered, &parity,
+                                  &done)
+            if st == Q2_OK and done == 0:
+                st = write_allocating(img, data, left, guest_off, &done)
+            alone = done == 0
+            data += done
+            guest_off += done
+            left -= done
+        if st == Q2_OK:
+            i += 1
+    st = batch_end(img, &batch, st, i)
+    if entered:
+        # Also after a failure: any part may have been written.
+        for k in range(n):
+            if wanted[k].nbytes:
+                note_change(img, wanted[k].guest_off, wanted[k].nbytes)
+        leave_write(img, parity)
+    # One sync for all, instead of a durable write each.
+    if st == Q2_OK and (fua or img.durable) and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN):
+        st = flush_image(img)
     flush_if_much_freed(img)
     return st
 

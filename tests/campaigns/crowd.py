@@ -9,6 +9,7 @@ they are.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -232,9 +233,15 @@ class Round:
         cluster = self.shape.cluster
         mine = range(self.half + number * cluster, self.disk, WRITERS * cluster)
         at, length = rng.choice(mine), cluster
-        kind = rng.randrange(7)
+        kind = rng.randrange(8)
         data = stamped(at, length, rng.getrandbits(60))
-        if kind == 0:
+        if kind == 7:
+            cuts = sorted({0, length, *(rng.randrange(length) for _ in range(5))})
+            self.image.pwritev_many(
+                [(data[low:high], at + low) for low, high in itertools.pairwise(cuts)]
+            )
+            self._count("writes of many")
+        elif kind == 0:
             skip = rng.randrange(length)
             at, data = at + skip, data[skip : skip + rng.randint(1, length - skip)]
             self.image.pwrite(data, at)
@@ -340,7 +347,9 @@ class Round:
         bitmaps = self.image.bitmaps
         first, other = NAMES
         if other in bitmaps:
-            bitmaps.merge(first, [other])
+            # The disk may become longer in the middle of it, and its bitmaps with it.
+            with suppress(KeyError if self.shape.travels else ()):
+                bitmaps.merge(first, [other])
             bitmaps.remove(other)
         else:
             bitmaps.add(other, random.choice((512, 65536)), enabled=random.random() < 0.7)

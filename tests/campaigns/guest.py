@@ -91,6 +91,19 @@ class Guest:
         self.image.pwrite(data, offset, fua=fua)
         self._note(began, offset, data, settled=fua)
 
+    def write_many(self) -> None:
+        """Several writes in one call, each to sectors of its own."""
+        requests: list[tuple[bytes, int]] = []
+        for _ in range(self.rng.randint(2, 6)):
+            offset, length = self._range(SECTOR)
+            if all(offset + length <= at or at + len(data) <= offset for data, at in requests):
+                requests.append((stamped(offset, length, self._next()), offset))
+        began = self.machine.now
+        fua = self.rng.random() < 0.2
+        self.image.pwritev_many(requests, fua=fua)
+        for data, offset in requests:
+            self._note(began, offset, data, settled=fua)
+
     def compress(self) -> None:
         offset, length = self._range(self.image.cluster_size)
         data = stamped(offset, length, self._next())

@@ -153,6 +153,16 @@ def growth(rng: random.Random) -> Case:
     return _guest_case(rng, {"append": 6, "write": 2, "flush": 1}, filled=0.0)
 
 
+def many_writes(rng: random.Random) -> Case:
+    """One flush makes all writes of a call durable, those that allocate and those that do not."""
+    return _guest_case(
+        rng,
+        {"write_many": 8, "write": 2, "discard": 1, "flush": 1},
+        steps=16,
+        growth=rng.choice(("auto", "ahead", "plain")),
+    )
+
+
 def growth_ahead(rng: random.Random) -> Case:
     """Reserved and linked ahead in every cache mode, with all that may meet what was linked."""
     base = stamped(0, SIZE // 2 + 512, 7 << 40) if rng.random() < 0.4 else None
@@ -768,6 +778,7 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "writes of metadata that fail": failing_writes,
     "lazy refcounts": lazy_refcounts,
     "overwrite": overwrite,
+    "many writes in one call": many_writes,
     "copy-on-write from a backing file": cow_from_backing,
     "copy-on-write from a snapshot": cow_from_snapshot,
     "compressed writes": compressed,

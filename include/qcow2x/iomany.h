@@ -1,7 +1,7 @@
-/* Many reads of files at once: by io_uring where the kernel lets us (containers often do not), else by
+/* Many reads or writes of files at once: by io_uring where the kernel lets us (containers often do not), else by
  * threads. Any thread. For one unit of the core: it has state of its own. */
-#ifndef QCOW2X_READMANY_H
-#define QCOW2X_READMANY_H
+#ifndef QCOW2X_IOMANY_H
+#define QCOW2X_IOMANY_H
 
 #include <errno.h>
 #include <liburing.h>
@@ -13,15 +13,16 @@
 #include "pool.h"
 
 #define Q2_RING_DEPTH 64
-#define Q2_READ_THREADS 16
+#define Q2_IO_THREADS 16
 
-typedef struct q2_read {
+typedef struct q2_io {
     void *buf;
     size_t nbytes; /* below 2 GiB */
     uint64_t off;
     int fd;
+    int writes; /* from buf to the file, else from the file to buf */
     int64_t got; /* bytes, or a negative errno, as the system call says it; short is possible */
-} q2_read;
+} q2_io;
 
 typedef struct q2_ring {
     struct io_uring uring;
@@ -78,7 +79,7 @@ static inline void q2_ring_give(q2_ring *ring, int usable)
 }
 
 /* Returns with nothing under way, so that the buffers are the caller's again. */
-static inline void q2_read_by_ring(q2_ring *ring, q2_read *r, size_t n)
+static inline void q2_io_by_ring(q2_ring *ring, q2_io *r, size_t n)
 {
     size_t queued = 0, submitted = 0, completed = 0;
     int usable = 1;
@@ -88,8 +89,12 @@ static inline void q2_read_by_ring(q2_ring *ring, q2_read *r, size_t n)
         int rc;
         while (usable && queued < n && queued - completed < Q2_RING_DEPTH &&
                (sqe = io_uring_get_sqe(&ring->uring)) != NULL) {
-            io_uring_prep_read(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
-                               r[queued].off);
+            if (r[queued].writes)
+                io_uring_prep_write(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
+                                    r[queued].off);
+            else
+                io_uring_prep_read(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
+                                   r[queued].off);
             io_uring_sqe_set_data(sqe, &r[queued]);
             queued++;
         }
@@ -105,10 +110,10 @@ static inline void q2_read_by_ring(q2_ring *ring, q2_read *r, size_t n)
                 break;
             rc = io_uring_wait_cqe(&ring->uring, &cqe);
             if (rc < 0)
-                usleep(1000); /* not to be left: the kernel writes to the buffers */
+                usleep(1000); /* not to be left: the kernel still uses the buffers */
         }
         while (io_uring_peek_cqe(&ring->uring, &cqe) == 0) {
-            ((q2_read *)io_uring_cqe_get_data(cqe))->got = cqe->res;
+            ((q2_io *)io_uring_cqe_get_data(cqe))->got = cqe->res;
             io_uring_cqe_seen(&ring->uring, cqe);
             completed++;
         }
@@ -116,48 +121,49 @@ static inline void q2_read_by_ring(q2_ring *ring, q2_read *r, size_t n)
     q2_ring_give(ring, usable);
 }
 
-typedef struct q2_read_share {
-    q2_read *r;
+typedef struct q2_io_share {
+    q2_io *r;
     size_t n;
     size_t next; /* atomic */
-} q2_read_share;
+} q2_io_share;
 
-static inline void *q2_read_some(void *share_)
+static inline void *q2_io_some(void *share_)
 {
-    q2_read_share *share = share_;
+    q2_io_share *share = share_;
     size_t i;
     while ((i = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->n) {
-        q2_read *r = &share->r[i];
-        ssize_t got = pread(r->fd, r->buf, r->nbytes, (off_t)r->off);
+        q2_io *r = &share->r[i];
+        ssize_t got = r->writes ? pwrite(r->fd, r->buf, r->nbytes, (off_t)r->off)
+                                : pread(r->fd, r->buf, r->nbytes, (off_t)r->off);
         r->got = got < 0 ? -errno : got;
     }
     return NULL;
 }
 
-static inline void q2_read_by_threads(q2_read *r, size_t n)
+static inline void q2_io_by_threads(q2_io *r, size_t n)
 {
-    q2_read_share share = {r, n, 0};
-    pthread_t thread[Q2_READ_THREADS];
+    q2_io_share share = {r, n, 0};
+    pthread_t thread[Q2_IO_THREADS];
     size_t started = 0;
-    while (started < Q2_READ_THREADS && started + 1 < n &&
-           pthread_create(&thread[started], NULL, q2_read_some, &share) == 0)
+    while (started < Q2_IO_THREADS && started + 1 < n &&
+           pthread_create(&thread[started], NULL, q2_io_some, &share) == 0)
         started++;
-    q2_read_some(&share);
+    q2_io_some(&share);
     while (started > 0)
         pthread_join(thread[--started], NULL);
 }
 
 /* All of them, in any order; got of each says how it went. */
-static inline void q2_read_many(q2_read *r, size_t n)
+static inline void q2_io_many(q2_io *r, size_t n)
 {
     q2_ring *ring = n > 1 ? q2_ring_take() : NULL;
     size_t i;
     for (i = 0; i < n; i++)
         r[i].got = -ECANCELED;
     if (ring != NULL)
-        q2_read_by_ring(ring, r, n);
+        q2_io_by_ring(ring, r, n);
     else
-        q2_read_by_threads(r, n);
+        q2_io_by_threads(r, n);
 }
 
 #endif
