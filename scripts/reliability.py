@@ -129,7 +129,9 @@ def asan(figures: Figures) -> str:
             told = ", ".join(
                 f"{v:,} {k}" for k, v in counts.items() if k not in ("seed", "seconds")
             )
-            rows.append([name, told, "nothing" if not part["status"] else "**failed**"])
+            # A part that there was no time for is none.
+            if told or part["status"]:
+                rows.append([name, told, "**failed**" if part["status"] else "nothing"])
     return f"""## Under sanitizers
 
 `make asan`. The core built with AddressSanitizer and UndefinedBehaviorSanitizer,
