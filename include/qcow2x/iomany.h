@@ -159,9 +159,9 @@ static inline void q2_io_by_threads(q2_io *r, size_t n)
 }
 
 /* All of them, in any order; got of each says how it went. */
-static inline void q2_io_many(q2_io *r, size_t n)
+static inline void q2_io_many(q2_io *r, size_t n, int by_threads)
 {
-    q2_ring *ring = n > 1 ? q2_ring_take() : NULL;
+    q2_ring *ring = n > 1 && !by_threads ? q2_ring_take() : NULL;
     size_t i;
     for (i = 0; i < n; i++)
         r[i].got = -ECANCELED;

@@ -5,14 +5,12 @@ from libc.stdint cimport uintptr_t
 from qcow2x._core.errors cimport last_error, q2_error, set_last_error
 from qcow2x._core.state cimport is_encrypted
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_FUA, FileStorage, hold_edges, release_edges
-from qcow2x._core.sync cimport q2_add, q2_load32, q2_raise_to
+from qcow2x._core.storage cimport (WRITE_FUA, FileStorage, hold_edges, note_durable_write,
+                                   release_edges)
+from qcow2x._core.sync cimport q2_load32, q2_raise_to
 
 cdef extern from "qcow2x/iomany.h" nogil:
-    void q2_io_many(q2_io *io, size_t n)
-
-cdef extern from "qcow2x/hostfile.h" nogil:
-    void q2_step_durable(uint64_t *durable, uint64_t seq)
+    void q2_io_many(q2_io *io, size_t n, bint by_threads)
 
 cdef extern from "<sys/uio.h>" nogil:
     int RWF_DSYNC
@@ -81,14 +79,16 @@ cdef void transfer(FileStorage file, q2_batch *batch) noexcept nogil:
     cdef size_t i
     if batch.writes:
         hold_edges(file, True)
-    q2_io_many(batch.io, batch.n)
+    # A ring makes durable writes through the page cache one after another: 139 us for each of 32 writes
+    # of 4 KiB, where threads took 33.
+    q2_io_many(batch.io, batch.n, batch.flags & WRITE_FUA and file.bounce is NULL)
     if batch.writes:
         release_edges(file)
         for i in range(batch.n):
             if batch.io[i].got == <int64_t>batch.io[i].nbytes:
                 q2_raise_to(&file.file_size, batch.io[i].off + batch.io[i].nbytes)
                 if batch.io[i].flags:
-                    q2_step_durable(&file.durable_seq, q2_add(&file.write_seq, 1))
+                    note_durable_write(file)
                 else:
                     file.note_write()
 

@@ -103,3 +103,6 @@ cdef class FileStorage(Storage):
 # Around whole, aligned writes with the descriptor (shared), and around what must not meet one.
 cdef void hold_edges(FileStorage self, bint shared) noexcept nogil
 cdef void release_edges(FileStorage self) noexcept nogil
+
+# Counts a finished write that is on stable storage itself (RWF_DSYNC).
+cdef void note_durable_write(FileStorage self) noexcept nogil

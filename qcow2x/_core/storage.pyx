@@ -561,7 +561,7 @@ cdef class FileStorage(Storage):
             return rc
         q2_raise_to(&self.file_size, off + nbytes)
         if dsync:
-            q2_step_durable(&self.durable_seq, q2_add(&self.write_seq, 1))
+            note_durable_write(self)
             return Q2_OK
         self.note_write()
         return self.sync(site) if durable else Q2_OK
@@ -780,6 +780,10 @@ cdef int fallocate_range(FileStorage self, int mode, uint64_t off, uint64_t nbyt
 # the same block and be acknowledged; writing back the stale edge would undo it. Hence the lock
 # `edges`: unaligned writes are alone, aligned ones share. Reads need no lock: both the old and the
 # merged block have the same bytes wherever the merging write was not asked to change them.
+
+cdef void note_durable_write(FileStorage self) noexcept nogil:
+    q2_step_durable(&self.durable_seq, q2_add(&self.write_seq, 1))
+
 
 cdef void hold_edges(FileStorage self, bint shared) noexcept nogil:
     if self.edges is NULL:
