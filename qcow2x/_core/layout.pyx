@@ -93,10 +93,11 @@ cdef q2_status write_layout(Storage storage, const q2_geometry *g, const q2_layo
     memcpy(front, head, g.cluster_size)
     fill_refcounts(front, g, lay)
     st = prepare_storage(storage, front_bytes, end)
-    if st == Q2_OK:
-        st = storage.write_at(Q2_SITE_CREATE_WRITE, front, front_bytes, 0, 0)
+    # The header last: what could not be written whole is no image.
     if st == Q2_OK and luks_bytes:
         st = storage.write_at(Q2_SITE_CREATE_WRITE, luks, luks_bytes, luks_off, 0)
+    if st == Q2_OK:
+        st = storage.write_at(Q2_SITE_CREATE_WRITE, front, front_bytes, 0, 0)
     if st == Q2_OK:
         st = storage.sync(Q2_SITE_CREATE_WRITE)
     free(front)

@@ -1,8 +1,9 @@
 """Calls that fail: python -m campaigns.faults [--verb NAME]
 
-For every verb its storage calls are counted, then each is made to fail in turn: with EIO, with
-ENOSPC, with a write that leaves its front half; or the disk is full from that call on, for whatever is
-tried, until there is room again. Afterwards the file is sound, what the verb did not touch reads as
+For every verb, on images of several sorts, its storage calls are counted, then each is made to fail in
+turn: with EIO, with ENOSPC, with a write that leaves its front half; or the disk is full from that
+call on, for whatever is tried, until there is room again. So with work that opens its files itself
+(jobs.py), on each of them. Afterwards the file is sound, what the verb did not touch reads as
 before, and the object either works on or refuses to with a clear error. After ENOSPC the same verb
 succeeds once there is room. Prints a table and ends with status 1 if not so.
 """
@@ -16,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +25,10 @@ from support.stamps import stamped
 
 import qcow2x
 from campaigns.guest import prepare
+from campaigns.jobs import JOBS, Files, Job, sound, whole_disk
 from campaigns.power import SECTOR, Machine, RecordedFile
 from campaigns.workloads import SHAPES, SIZE, KiB
+from qcow2x.encryption import Encryption
 from qcow2x.errors import ImageBroken
 
 
@@ -44,7 +48,15 @@ class Kind(NamedTuple):
     #: All calls from that one on, but for reads, until the test makes room.
     lasting: bool = False
 
+    def trap(self, file: RecordedFile, k: int) -> None:
+        """The k-th of the file's next calls fails."""
+        first = file.calls + k
+        file.failing = range(first, FOR_EVER if self.lasting else first + 1)
+        file.error, file.half_written = self.error, self.half_written
+        file.reads_fail = not self.lasting
 
+
+FOR_EVER = 1 << 60
 KINDS = {
     "EIO": Kind(errno.EIO, False),
     "ENOSPC": Kind(errno.ENOSPC, False),
@@ -93,16 +105,58 @@ VERBS: dict[str, Verb] = {
     "read": Verb(lambda image: image.pread(SIZE, 0), whole=True),
 }
 
-#: What has no meaning without snapshots, bitmaps and other refcount widths.
-_ONLY_V3 = ("bitmap", "amend")
+
+class Sort(NamedTuple):
+    """A sort of image that verbs are tried on."""
+
+    #: Of :func:`qcow2x.create`.
+    create: dict[str, Any]
+    #: Verbs that have no meaning on it, by how their names begin.
+    lacks: tuple[str, ...] = ()
+    #: Of :func:`qcow2x.open`.
+    key: str | None = None
+    #: The bytes of its raw backing file.
+    backing: bytes | None = None
+    #: Calls fail of that file instead of the image's; it is only read.
+    below_fails: bool = False
+
+    def options(self, below: RecordedFile | None = None) -> dict[str, Any]:
+        """How to open it."""
+        options: dict[str, Any] = {"key": self.key}
+        if self.backing is not None:
+            options["backing"] = below or Machine().file(self.backing)
+        return options
 
 
-def _start(shape: str, bitmap: bool) -> bytes:
-    file = Machine().file(prepare(SIZE, **SHAPES[shape]))
-    with qcow2x.open(file, "r+") as image:
+_RAW_BACKING = {"cluster_size": 4096, "backing_file": "base.raw", "backing_format": "raw"}
+SORTS: dict[str, Sort] = {
+    **{shape: Sort(SHAPES[shape]) for shape in ("512", "4096-zstd", "extended-l2")},
+    # No bitmaps there and no other refcount widths.
+    "v2": Sort(SHAPES["v2"], ("bitmap", "amend", "resize")),
+    "luks": Sort(
+        {"cluster_size": 4096, "encryption": Encryption(key="one", iter_time_ms=1)},
+        ("compressed", "write over a compressed"),
+        key="one",
+    ),
+    "overlay": Sort(_RAW_BACKING, backing=stamped(0, SIZE, 7 << 40)),
+    "overlay, its base fails": Sort(
+        _RAW_BACKING, backing=stamped(0, SIZE, 7 << 40), below_fails=True
+    ),
+}
+
+
+def _start(sort: Sort, bitmap: bool) -> bytes:
+    if sort.key is None:
+        file = Machine().file(prepare(SIZE, under=sort.options(), **sort.create))
+    else:
+        file = Machine().file()
+        qcow2x.create(file, SIZE, **sort.create)
+    with qcow2x.open(file, "r+", **sort.options()) as image:
+        if sort.key is not None:
+            image.pwrite(stamped(0, 40 * KiB, 1), 0)
         image.snapshots.create("old")
         image.pwrite(stamped(8 * KiB, 16 * KiB, 55), 8 * KiB)
-        if bitmap and shape != "v2":
+        if bitmap and image.info().compat != "0.10":
             image.bitmaps.add("mine", 512)
             image.pwrite(stamped(30 * KiB, 4 * KiB, 56), 30 * KiB)
     return bytes(file.data)
@@ -121,21 +175,22 @@ class Broken(AssertionError):
     """What must never be after a failed call."""
 
 
-def _between(found: bytes, before: bytes, after: bytes) -> bool:
-    """Every sector is as before or as after, or zeros where a shrink was on its way."""
+def _between(found: bytes, before: bytes, after: bytes, below: bytes | None) -> bool:
+    """Every sector is as before or as after; where a shrink was on its way it may be gone: zeros, or
+    what the backing file has."""
     longest = max(len(before), len(after))
     if len(found) not in (len(before), len(after)):
         return False
-    before, after = before.ljust(longest, b"\0"), after.ljust(longest, b"\0")
+    gone = (below or b"").ljust(longest, b"\0")[len(after) : longest]
+    before, shrunk, after = before.ljust(longest, b"\0"), after + gone, after.ljust(longest, b"\0")
     return all(
-        found[at : at + SECTOR] in (before[at : at + SECTOR], after[at : at + SECTOR])
+        found[at : at + SECTOR] in {disk[at : at + SECTOR] for disk in (before, after, shrunk)}
         for at in range(0, len(found), SECTOR)
     )
 
 
-def _judge(file: RecordedFile, verb: Verb, before: Any, after: Any) -> None:
-    file.failing = None
-    with qcow2x.open(Machine().file(bytes(file.data)), "r+") as image:
+def _judge(file: RecordedFile, sort: Sort, verb: Verb, before: Any, after: Any) -> None:
+    with qcow2x.open(Machine().file(bytes(file.data)), "r+", **sort.options()) as image:
         if image.info().compat == "0.10" and image.check().corruptions:
             # Without a dirty bit, what a snapshot's step left is only mended when asked for.
             image.check(repair="all")
@@ -146,18 +201,18 @@ def _judge(file: RecordedFile, verb: Verb, before: Any, after: Any) -> None:
     if verb.whole:
         if content not in (before, after):
             raise Broken("neither what was before nor what comes after")
-    elif content[1:] != before[1:] or not _between(content[0], before[0], after[0]):
+    elif content[1:] != before[1:] or not _between(content[0], before[0], after[0], sort.backing):
         raise Broken("a sector holds neither what it held nor what it was to hold")
 
 
 def _fail_once(
-    start: bytes, verb: Verb, kind: Kind, k: int, before: Any, after: Any
+    start: bytes, sort: Sort, verb: Verb, kind: Kind, k: int, before: Any, after: Any
 ) -> tuple[str, str]:
     """One run with the k-th call failing; returns what the object did then, and at which site."""
-    file = Machine().file(start)
-    image = qcow2x.open(file, "r+")
-    file.failing = range(file.calls + k, FOR_EVER if kind.lasting else file.calls + k + 1)
-    file.error, file.half_written, file.reads_fail = kind.error, kind.half_written, not kind.lasting
+    file, below = Machine().file(start), Machine().file(sort.backing or b"")
+    image = qcow2x.open(file, "r+", **sort.options(below))
+    victim = below if sort.below_fails else file
+    kind.trap(victim, k)
     outcome = "no error: the call was not needed"
     try:
         verb.do(image)
@@ -167,8 +222,8 @@ def _fail_once(
             raise Broken(f"another error than the storage's: {exc!r}") from exc
         try:
             if kind.lasting:
-                _stays_full(image, verb, before, after)
-                file.failing = None
+                _stays_full(image, sort, verb, before, after)
+                victim.failing = None
                 # Whatever was half done is settled now.
                 image.flush()
             outcome = _goes_on(image, verb, kind, before, after)
@@ -183,17 +238,18 @@ def _fail_once(
             outcome = "the error comes out of close"
         elif not isinstance(exc, ImageBroken) and exc.errno != kind.error:
             raise Broken(f"close: {exc!r}") from exc
-    _judge(file, verb, before, after)
-    return outcome, file.failed_at
+    victim.failing = None
+    _judge(file, sort, verb, before, after)
+    return outcome, file.site if sort.below_fails else file.failed_at
 
 
-def _stays_full(image: qcow2x.Image, verb: Verb, before: Any, after: Any) -> None:
+def _stays_full(image: qcow2x.Image, sort: Sort, verb: Verb, before: Any, after: Any) -> None:
     """While there is no room everything can be read, and whoever tries again is told so again."""
     content = _contents(image)
     if verb.whole:
         if content not in (before, after):
             raise Broken("without room, neither what was before nor what comes after is read")
-    elif content[1:] != before[1:] or not _between(content[0], before[0], after[0]):
+    elif content[1:] != before[1:] or not _between(content[0], before[0], after[0], sort.backing):
         raise Broken("without room, a sector reads as neither what it was nor what it was to be")
     try:
         verb.do(image)
@@ -238,7 +294,6 @@ def _goes_on(image: qcow2x.Image, verb: Verb, kind: Kind, before: Any, after: An
 
 Counts = collections.Counter[tuple[str, str, str]]
 WRONG = "WRONG"
-FOR_EVER = 1 << 60
 
 
 def run(names: list[str]) -> tuple[Counts, Counts, list[str]]:
@@ -247,38 +302,103 @@ def run(names: list[str]) -> tuple[Counts, Counts, list[str]]:
     outcomes: Counts = collections.Counter()
     sites: Counts = collections.Counter()
     wrong = []
-    for shape in ("512", "4096-zstd", "extended-l2", "v2"):
+
+    def tried(name: str, where: str, kind_name: str, k: int, run: Callable[[], tuple[str, str]]):
+        try:
+            outcome, site = run()
+        except Exception as exc:
+            outcome, site = WRONG, "any"
+            wrong.append(f"{name} ({where}), {kind_name} at call {k}: {exc!r}")
+        outcomes[name, kind_name, outcome] += 1
+        sites[site, kind_name, outcome] += 1
+
+    for where, sort in SORTS.items():
         for name in names:
-            if shape == "v2" and name.startswith((*_ONLY_V3, "resize")):
+            if name not in VERBS or name.startswith(sort.lacks):
                 continue
             verb = VERBS[name]
-            start = _start(shape, verb.bitmap)
-            calls, before, after = _rehearse(start, verb)
+            start = _start(sort, verb.bitmap)
+            calls, before, after = _rehearse(start, sort, verb)
+            for kind_name, kind in KINDS.items():
+                if sort.below_fails and kind is not KINDS["EIO"]:
+                    # Reading is all that is done to it.
+                    continue
+                for k in range(1, calls + 1):
+                    tried(
+                        name, where, kind_name, k,
+                        partial(_fail_once, start, sort, verb, kind, k, before, after),
+                    )  # fmt: skip
+    for name in names:
+        if name not in JOBS:
+            continue
+        job = JOBS[name]
+        content = job.start()
+        all_calls, read_before, read_after = _rehearse_job(job, content)
+        for where, calls in all_calls.items():
             for kind_name, kind in KINDS.items():
                 for k in range(1, calls + 1):
-                    try:
-                        outcome, site = _fail_once(start, verb, kind, k, before, after)
-                    except Exception as exc:
-                        outcome, site = WRONG, "any"
-                        wrong.append(f"{name} ({shape}), {kind_name} at call {k}: {exc!r}")
-                    outcomes[name, kind_name, outcome] += 1
-                    sites[site, kind_name, outcome] += 1
+                    tried(
+                        name, where, kind_name, k,
+                        partial(_fail_job, job, content, where, kind, k, read_before, read_after),
+                    )  # fmt: skip
     return outcomes, sites, wrong
 
 
-def _rehearse(start: bytes, verb: Verb) -> tuple[int, Any, Any]:
+def _rehearse(start: bytes, sort: Sort, verb: Verb) -> tuple[int, Any, Any]:
     file = Machine().file(start)
-    with qcow2x.open(file, "r+") as image:
+    with qcow2x.open(file, "r+", **sort.options()) as image:
         before = _contents(image)
-    file = Machine().file(start)
-    image = qcow2x.open(file, "r+")
-    opened = file.calls
+    file, below = Machine().file(start), Machine().file(sort.backing or b"")
+    image = qcow2x.open(file, "r+", **sort.options(below))
+    victim = below if sort.below_fails else file
+    opened = victim.calls
     verb.do(image)
     image.flush()
     image.close()
-    calls = file.calls - opened
-    with qcow2x.open(Machine().file(bytes(file.data))) as image:
+    calls = victim.calls - opened
+    with qcow2x.open(Machine().file(bytes(file.data)), **sort.options()) as image:
         return calls, before, _contents(image)
+
+
+def _files(content: dict[str, bytes]) -> Files:
+    return {name: Machine().file(data) for name, data in content.items()}
+
+
+def _rehearse_job(job: Job, content: dict[str, bytes]) -> tuple[dict[str, int], Any, Any]:
+    before = None if job.makes else whole_disk(job, _files(content))
+    files = _files(content)
+    job.do(files)
+    calls = {name: file.calls for name, file in files.items()}
+    if not sound(job, files):
+        raise Broken("it does not do what it is for")
+    return calls, before, whole_disk(job, files)
+
+
+def _fail_job(
+    job: Job, content: dict[str, bytes], where: str, kind: Kind, k: int, before: Any, after: Any
+) -> tuple[str, str]:
+    files = _files(content)
+    victim = files[where]
+    kind.trap(victim, k)
+    outcome = "no error: the call was not needed"
+    try:
+        job.do(files)
+    except OSError as exc:
+        if exc.errno != kind.error:
+            raise Broken(f"another error than the storage's: {exc!r}") from exc
+        outcome = "the same again works"
+    victim.failing = None
+    done = outcome != "the same again works"
+    if sound(job, files):
+        if whole_disk(job, files) not in (before, after):
+            raise Broken("the image reads as neither before nor after")
+    elif done:
+        raise Broken("it told no error and has not done what it is for")
+    if not done:
+        job.do(files)
+        if not sound(job, files) or whole_disk(job, files) != after:
+            raise Broken("the second try did not bring about what it is for")
+    return outcome, victim.failed_at
 
 
 def table(title: str, outcomes: Counts) -> str:
@@ -298,10 +418,10 @@ def table(title: str, outcomes: Counts) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m campaigns.faults", description=__doc__)
-    parser.add_argument("--verb", choices=VERBS, action="append")
+    parser.add_argument("--verb", choices=[*VERBS, *JOBS], action="append")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args(argv)
-    outcomes, sites, wrong = run(args.verb or list(VERBS))
+    outcomes, sites, wrong = run(args.verb or [*VERBS, *JOBS])
     print(table("verb", outcomes))
     if args.json:
         figures = {

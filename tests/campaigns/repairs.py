@@ -27,7 +27,7 @@ def repair(rng: random.Random) -> Case:
     undone, also once it is complete, and the file is as it was, byte for byte. The image shows the
     guest at every instant what it showed before, and nothing is damaged that was not."""
     shape = rng.choice(COUNTING)
-    start = _harmed(rng, shape)
+    start = harmed(rng, shape)
     machine = Machine()
     file = machine.file(start)
     with qcow2x.open(recorded(start)) as image:
@@ -60,7 +60,7 @@ def repair(rng: random.Random) -> Case:
 def repair_undone(rng: random.Random) -> Case:
     """Undoing is cut short: it can be done again, or given up for another repair."""
     shape = rng.choice(COUNTING)
-    start = _harmed(rng, shape)
+    start = harmed(rng, shape)
     with qcow2x.open(recorded(start)) as image:
         before = whole_disk(image)
     repaired = recorded(start)
@@ -100,7 +100,7 @@ def repair_undone(rng: random.Random) -> Case:
 _DONE = b"DONE"
 
 
-def _harmed(rng: random.Random, shape: str) -> bytes:
+def harmed(rng: random.Random, shape: str) -> bytes:
     """An image with several kinds of damage that a repair can mend without loss."""
     image = bytearray(worn(rng, shape))
     kinds = (_spoil_refcounts, _claim_a_table, _forget_refcounts, _forget_copied_flags)
