@@ -80,7 +80,8 @@ acknowledged byte.
 def faults(figures: Figures) -> str:
     return f"""## Calls that fail
 
-`make faults`. Every storage call of every verb fails once: with EIO, with ENOSPC, with a write of
+`make faults`. Every storage call of every verb fails once, on images of several sorts and on the
+files below them, and of work that opens its files itself: with EIO, with ENOSPC, with a write of
 which only the front half is there; or the disk is full from that call on, for whatever is tried, until
 there is room again. Afterwards the file is sound, old data is there, and the image
 works on or refuses writes with a clear error; after lack of room the same verb works once there is

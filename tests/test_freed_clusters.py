@@ -22,3 +22,21 @@ def test_discarded_clusters_are_reused_by_a_writer_that_never_flushes(tmp_path: 
         assert image.pread(2, MIB - 1) == b"x\0"
     with qcow2x.open(path) as image:
         assert image.check().clean
+
+
+def test_a_search_for_a_run_goes_on_after_its_loads(tmp_path: Path) -> None:
+    """Holes too small for a table, in more refcount slices than the cache holds at once: the search
+    once began anew with each slice that it had to read, and never ended."""
+    path = tmp_path / "disk.qcow2"
+    size = 80 << 20
+    qcow2x.create(path, size, cluster_size=512, refcount_bits=64)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(b"x" * size, 0)
+        for at in range(0, size, 1024):
+            image.discard(at, 512)
+    with qcow2x.open(path, "r+", l2_cache_size=4096) as image:
+        # 2.5 KiB of bits are five clusters in a row.
+        image.bitmaps.add("changed", granularity=4096)
+        image.pwrite(b"y" * size, 0)
+    with qcow2x.open(path) as image:
+        assert image.check().clean

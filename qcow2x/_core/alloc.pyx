@@ -116,7 +116,9 @@ cdef inline bint wants_dirty_bit(ImageState img, uint64_t *miss) noexcept nogil:
 cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t *first,
                         uint64_t *got, uint64_t *miss) noexcept nogil:
     """The first run of at least `least` free clusters, cut to `want`; nothing is changed but the
-    hint, which moves up to the first free cluster, and missing refcount blocks, which are made."""
+    hints, which move up to what is free, and missing refcount blocks, which are made. After a load
+    the search goes on where it was: a disk may have more slices full of small holes than the cache
+    holds at once."""
     cdef uint64_t cluster = img.free_hint
     cdef uint64_t per_slice = clusters_per_slice(img)
     cdef uint64_t end = last_cluster(img)
@@ -124,10 +126,16 @@ cdef q2_status find_run(ImageState img, uint64_t want, uint64_t least, uint64_t 
     cdef q2_slot *slot
     cdef q2_status st
     cdef bint hint_moves = True
+    if least > 1 and want >= img.run_want and img.run_from > cluster:
+        cluster = img.run_from
+        hint_moves = False
     while cluster < end:
         st = slice_of(img, cluster, &slot, &index, miss)
         if st == Q2_MISS and hint_moves and length == 0:
-            img.free_hint = cluster       # the search goes on from here after the load
+            img.free_hint = cluster
+        elif st == Q2_MISS and least > 1:
+            img.run_from = start if length else cluster
+            img.run_want = want
         if st != Q2_OK:
             return st
         if slot is NULL:
@@ -220,6 +228,9 @@ cdef q2_status alloc_contiguous(ImageState img, uint64_t n, uint64_t *first, bin
         img.file.reach(Q2_SITE_CLUSTER_ALLOC)
     if wants_dirty_bit(img, miss):
         return Q2_MISS
+    if n / clusters_per_slice(img) + 2 > img.refblocks.max_slots:
+        return fail(Q2_E_NOMEM, Q2_SITE_REFBLOCK_LOAD, 0,
+                    b"the refcounts of so many clusters in a row do not fit into the cache")
     st = find_run(img, n, n, first, &got, miss)
     if st != Q2_OK:
         return st
@@ -313,6 +324,8 @@ cdef q2_status set_refcount_of(ImageState img, uint64_t cluster, uint64_t value,
     put(img, slot, index, 1, value)
     if value == 0 and cluster < img.free_hint:
         img.free_hint = cluster
+    if value == 0 and cluster < img.run_from:
+        img.run_from = 0
     return Q2_OK
 
 

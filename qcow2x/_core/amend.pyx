@@ -204,6 +204,7 @@ cdef q2_status rewrite(ImageState img, const q2_geometry *g, q2_reader *r) noexc
     cache_forget_all(&img.refblocks)
     q2_raise_to(&img.host_size, (start + blocks + table_clusters) << cbits)
     img.free_hint = 0
+    img.run_from = 0
     img.packed_end = 0
     for i in range(r.n_own):
         guard_remove(img, r.own[i], 1)

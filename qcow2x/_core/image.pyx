@@ -158,7 +158,8 @@ cdef class CoreImage(ImageState):
             l2_bytes = all_l2
         # A refcount slice speaks for at least as many clusters as an L2 slice of 8-byte entries
         # does in all common widths, and allocation is local: a quarter is plenty.
-        refcount_bytes = l2_bytes // 4
+        # But those of the longest L1 table (32 MiB in 512-byte clusters, 64-bit refcounts) must fit.
+        refcount_bytes = max(l2_bytes // 4, <uint64_t>1 << 20)
         check_status(cache_init(&self.l2, RANK_L2, self.geo.slice_bits, l2_bytes), self.name)
         check_status(cache_init(&self.refblocks, RANK_REFBLOCK, self.geo.slice_bits,
                                 refcount_bytes), self.name)
@@ -569,6 +570,7 @@ cdef class CoreImage(ImageState):
                 cache_forget_all(&self.l2)
                 cache_forget_all(&self.refblocks)
                 self.free_hint = 0
+                self.run_from = 0
                 self.packed_end = 0
                 guard_forget(self)
                 st = guard_image(self)

@@ -228,6 +228,7 @@ cdef q2_status punch_freed(ImageState img, q2_runs *freed) noexcept nogil:
         guard_remove(img, freed.run[i].first, freed.run[i].n)
     if freed.run[0].first < img.free_hint:
         img.free_hint = freed.run[0].first
+    img.run_from = 0
     pthread_rwlock_unlock(&img.meta)
     return st
 

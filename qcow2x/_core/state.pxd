@@ -116,6 +116,8 @@ cdef class ImageState(Storage):
     cdef q2_cache l2
     cdef q2_cache refblocks
     cdef uint64_t free_hint         # no host cluster below this one is free
+    cdef uint64_t run_from          # nor are run_want of them in a row below this one
+    cdef uint64_t run_want
     cdef uint64_t gap_first         # host clusters [gap_first, gap_end) lie inside the file, but it
     cdef uint64_t gap_end           # only grew past them: nothing was written there, they are zeros
     cdef uint64_t packed_end        # host offset after the last compressed cluster; 0: start anew
