@@ -30,7 +30,15 @@ LENGTH = 400
 #: A run that takes longer hangs; every thread's stack is shown then.
 HANG = 600
 #: How often the guest's own requests come for each other operation.
-OFTEN = {"write": 6, "fill": 3, "write_compressed": 3, "discard": 3, "write_zeroes": 3, "read": 4}
+OFTEN = {
+    "write": 6,
+    "write_many": 2,
+    "fill": 3,
+    "write_compressed": 3,
+    "discard": 3,
+    "write_zeroes": 3,
+    "read": 4,
+}
 #: What costs as much as a hundred writes.
 SELDOM = {
     "check": 0.3,

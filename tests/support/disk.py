@@ -335,6 +335,28 @@ class Disk:
         self._note(offset, data)
         self._changed(offset, length)
 
+    @operation(first=PLACES, second=PLACES, third=PLACES, fua=[False] * 7 + [True])
+    def write_many(
+        self,
+        first: tuple[int, str, int, str],
+        second: tuple[int, str, int, str],
+        third: tuple[int, str, int, str],
+        fua: bool,
+    ) -> None:
+        """In one call, what does not overlap."""
+        requests: list[tuple[bytes, int]] = []
+        for place in (first, second, third):
+            offset, length = self._range(place)
+            self.sequence += 1
+            data = stamped(offset, length, self.sequence + 1)
+            if all(at + len(had) <= offset or offset + length <= at for had, at in requests):
+                requests.append((data, offset))
+        lengths = [len(data) for data, _ in requests]
+        assert self.image.pwritev_many(requests, fua=fua) == lengths
+        for data, offset in requests:
+            self._note(offset, data)
+            self._changed(offset, len(data))
+
     @operation(place=PLACES, byte=range(256))
     def fill(self, place: tuple[int, str, int, str], byte: int) -> None:
         offset, length = self._range(place)
