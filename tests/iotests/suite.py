@@ -31,13 +31,15 @@ sys.exit(main())
 
 @dataclass
 class Outcome:
-    """What became of one test. ``state`` is ``pass``, ``fail`` or ``not run``."""
+    """What became of one test. ``state`` is ``pass``, ``fail`` or ``not run``. One that was not
+    ``judged`` ran into the time limit, or the suite could not run it: that it failed says nothing."""
 
     test: str
     state: str
     seconds: float
     reason: str = ""
     diff: str = ""
+    judged: bool = True
 
 
 class Programs:
@@ -148,9 +150,8 @@ class Suite:
         _stop_daemons(work)
         outcome = _judge(test, output.decode(errors="replace"), seconds)
         if late:
-            outcome = Outcome(
-                test, "fail", seconds, "took too long", _partial_diff(self, test, work)
-            )
+            diff = _partial_diff(self, test, work)
+            outcome = Outcome(test, "fail", seconds, "took too long", diff, judged=False)
         shutil.rmtree(work, ignore_errors=True)
         return outcome
 
@@ -201,7 +202,7 @@ def _judge(test: str, output: str, seconds: float) -> Outcome:
             # The suite's own copy of the output is gone when it is read.
             reason = re.sub(r"^\.\.\. *|output mismatch .*", "", match[3].strip())
             return Outcome(test, match[2], seconds, reason, diff.strip("\n"))
-    return Outcome(test, "fail", seconds, "the suite did not run it", output)
+    return Outcome(test, "fail", seconds, "the suite did not run it", output, judged=False)
 
 
 def _partial_diff(suite: Suite, test: str, work: Path) -> str:
