@@ -47,7 +47,7 @@ cdef struct q2_cache:
     # Atomic, changed under the exclusive lock: stats() looks at them without any.
     uint32_t n_slots       # that own memory, whatever they hold
     uint32_t n_dirty
-    uint64_t n_loads
+    uint64_t n_loads       # reads of the file, of one slice or of several
     uint64_t n_evictions
 
 cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,

@@ -133,7 +133,6 @@ cdef void enter(q2_cache *c, q2_slot *slot, uint64_t key) noexcept nogil:
     slot.next = bucket[0] - 1
     bucket[0] = <int32_t>(slot - c.slots) + 1
     slot.state = SLOT_LOADING
-    q2_store(&c.n_loads, c.n_loads + 1)
 
 
 cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
@@ -153,6 +152,7 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
         return Q2_FULL
     enter(c, slot, key)
     slot.used = 1
+    q2_store(&c.n_loads, c.n_loads + 1)
     out[0] = slot
     return Q2_OK
 
