@@ -25,8 +25,14 @@ LEFT_OUT = {
     "test_packaging.py", "test_state_machine.py", "test_readme.py", "test_demo.py", "test_qemu_img_docs.py",
     "test_cli_getopt.py", "test_cli_options.py",
 }  # fmt: skip
-#: Bounds the address space, in which the sanitizer's own shadow has no room.
-NOT_HERE = "tests/test_codec.py::test_a_huge_zstd_window_costs_no_memory"
+#: Measure memory, of which the sanitizer takes its own: for its shadow, which has no room in a bounded
+#: address space, and for what was freed, which it holds back up to 256 MiB.
+NOT_HERE = (
+    "tests/test_codec.py::test_a_huge_zstd_window_costs_no_memory",
+    "tests/test_image.py::test_many_calls_take_no_memory",
+    "tests/test_attacks.py::test_zstd_stream_that_asks_for_a_window_of_gigabytes",
+    "tests/test_convert.py::test_memory_stays_bounded",
+)
 
 
 def run_tests(
@@ -36,7 +42,7 @@ def run_tests(
     with tempfile.TemporaryDirectory(prefix="qcow2x-asan-") as folder:
         told = Path(folder, "told.json")
         command = [python, "-m", "pytest", "-q", "-x", "-p", "campaigns.deadline", f"--told={told}"]
-        command.append(f"--deselect={NOT_HERE}")
+        command += [f"--deselect={name}" for name in NOT_HERE]
         if seconds is not None:
             command += [f"--seconds={seconds}", f"--seed={seed}"]
         status = subprocess.run([*map(str, command), *names], cwd=TESTS).returncode
