@@ -39,6 +39,18 @@ def many_at_once(load: Load, send: Callable[[memoryview, int], object], depth: i
     return taken
 
 
+def calls_of_many(
+    load: Load, send: Callable[[list[tuple[memoryview, int]]], object], depth: int
+) -> float:
+    """Seconds for all requests of *load*, *depth* of them in each call."""
+    requests = list(zip(load.buffers, load.offsets, strict=True))
+    calls = [requests[i : i + depth] for i in range(0, len(requests), depth)]
+    start = time.perf_counter()
+    for call in calls:
+        send(call)
+    return time.perf_counter() - start
+
+
 def side_by_side(
     load: Load,
     turn: int,
