@@ -572,6 +572,8 @@ cdef class CoreImage(ImageState):
                 self.free_hint = 0
                 self.run_from = 0
                 self.packed_end = 0
+                # The same parity, but what was decoded before is of no use.
+                q2_store(&self.epoch, self.epoch + 2)
                 guard_forget(self)
                 st = guard_image(self)
                 pthread_rwlock_unlock(&self.meta)

@@ -7,6 +7,7 @@ from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes,
                                  q2_wanted)
 from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
 from qcow2x._core.codec cimport decode_cluster
+from qcow2x._core.decoded cimport decoded_copy, decoded_keep, decoded_lend
 from qcow2x._core.errors cimport fail
 from qcow2x._core.mapping cimport plan_range
 from qcow2x._core.metadata cimport load_slice
@@ -19,29 +20,55 @@ from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
 from qcow2x._core.sync cimport *
 
-cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
-    """Decodes the cluster of `ext` into buf, straight when all of it is wanted."""
-    cdef size_t size = img.geo.cluster_size
-    cdef uint64_t skip = ext.guest_off & (size - 1)
-    cdef bint whole = skip == 0 and ext.nbytes == size
-    # One buffer for both: the stream in front, the decoded cluster behind it.
-    cdef size_t stream_room = (ext.comp_bytes + 4095) & ~<size_t>4095
-    cdef size_t room = stream_room if whole else stream_room + size
-    cdef uint8_t *scratch = <uint8_t *>scratch_take(room)
-    cdef uint8_t *decoded = buf if whole else scratch + stream_room
+cdef q2_status decode_from_file(ImageState img, const q2_extent *ext,
+                                uint8_t *decoded) noexcept nogil:
+    cdef size_t room = ext.comp_bytes
+    cdef uint8_t *stream = <uint8_t *>scratch_take(room)
     cdef q2_status st
-    if scratch is NULL:
+    if stream is NULL:
         return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_READ, ext.host_off, b"out of memory")
-    st = img.file.read_at(Q2_SITE_COMPRESSED_READ, scratch, ext.comp_bytes, ext.host_off)
+    st = img.file.read_at(Q2_SITE_COMPRESSED_READ, stream, room, ext.host_off)
     if st == Q2_OK:
-        st = decode_cluster(img.header.fields.compression_type, scratch, ext.comp_bytes, decoded,
-                            size)
+        st = decode_cluster(img.header.fields.compression_type, stream, room, decoded,
+                            img.geo.cluster_size)
         if st == Q2_E_CODEC:
             fail(Q2_E_CODEC, Q2_SITE_COMPRESSED_READ, ext.host_off,
                  b"compressed cluster does not decode to a full cluster")
-    if st == Q2_OK and not whole:
-        memcpy(buf, decoded + skip, ext.nbytes)
-    scratch_give(scratch, room)
+    scratch_give(stream, room)
+    return st
+
+
+cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *buf,
+                               uint64_t epoch) noexcept nogil:
+    """Decodes the cluster of `ext` into buf, straight when all of it is wanted; else by way of the
+    clusters that were decoded last, unless somebody counts reads. `epoch` is the image's from before
+    the plan."""
+    cdef size_t size = img.geo.cluster_size
+    cdef size_t skip = ext.guest_off & (size - 1)
+    cdef uint32_t slot = 0
+    cdef uint8_t *cluster = NULL
+    cdef bint kept
+    cdef q2_status st
+    if ext.nbytes == size:
+        return decode_from_file(img, ext, buf)
+    if not img.file.listens:
+        if decoded_copy(&img.decoded, ext.host_off, ext.comp_bytes, q2_load(&img.epoch), skip,
+                        ext.nbytes, buf):
+            return Q2_OK
+        cluster = decoded_lend(&img.decoded, size, &slot)
+    kept = cluster is not NULL
+    if not kept:
+        cluster = <uint8_t *>scratch_take(size)
+    if cluster is NULL:
+        return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_READ, ext.host_off, b"out of memory")
+    st = decode_from_file(img, ext, cluster)
+    if st == Q2_OK:
+        memcpy(buf, cluster + skip, ext.nbytes)
+    if kept:
+        decoded_keep(&img.decoded, slot, cluster, ext.host_off,
+                     ext.comp_bytes if st == Q2_OK else 0, epoch)
+    else:
+        scratch_give(cluster, size)
     return st
 
 
@@ -93,7 +120,8 @@ cdef q2_status read_below(ImageState img, uint8_t *buf, size_t nbytes,
     return st
 
 
-cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) noexcept nogil:
+cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf,
+                           uint64_t epoch) noexcept nogil:
     if ext.kind == Q2_KIND_DATA:
         if is_encrypted(img):
             return read_encrypted(img, Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off,
@@ -102,7 +130,7 @@ cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf) n
             img.file.reach(Q2_SITE_DATA_READ)
         return img.data.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
     if ext.kind == Q2_KIND_COMPRESSED:
-        return read_compressed(img, ext, buf)
+        return read_compressed(img, ext, buf, epoch)
     if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):
         if img.file.listens:
             img.file.reach(Q2_SITE_BACKING_READ)
@@ -151,6 +179,7 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     cdef q2_plan plan
     cdef uint8_t *out = <uint8_t *>buf
     cdef uint64_t end = guest_off + nbytes
+    cdef uint64_t epoch = q2_load(&img.epoch)
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef int32_t i
@@ -160,7 +189,7 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
         if st != Q2_OK:
             break
         for i in range(plan.n):
-            st = read_extent(img, &plan.extent[i], out)
+            st = read_extent(img, &plan.extent[i], out, epoch)
             if st != Q2_OK:
                 break
             out += plan.extent[i].nbytes
@@ -175,6 +204,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
     cdef q2_plan plan
     cdef uint8_t *out
     cdef uint64_t pos, end
+    cdef uint64_t epoch = q2_load(&img.epoch)
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef size_t i = 0
@@ -195,7 +225,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
                                                             ext.host_off):
                     st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i)
                 else:
-                    st = read_extent(img, ext, out)
+                    st = read_extent(img, ext, out, epoch)
                 out += ext.nbytes
                 k += 1
             pos += plan.nbytes
@@ -213,6 +243,7 @@ cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
     cdef uint8_t *out = <uint8_t *>buf
     cdef uint64_t end = guest_off + nbytes
     cdef uint64_t mapped
+    cdef uint64_t epoch = q2_load(&img.epoch)
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef int32_t i
@@ -230,7 +261,7 @@ cdef q2_status read_vmstate(ImageState img, void *buf, size_t nbytes,
         for i in range(plan.n):
             # The backing file has a disk there, if anything.
             if plan.extent[i].kind != Q2_KIND_UNALLOCATED and st == Q2_OK:
-                st = read_extent(img, &plan.extent[i], out)
+                st = read_extent(img, &plan.extent[i], out, epoch)
             out += plan.extent[i].nbytes
         guest_off += plan.nbytes
     if entered:

@@ -33,7 +33,7 @@ cdef void swap_epochs(ImageState img, q2_runs *out) noexcept nogil:
     if runs_append(out, &img.limbo[other]) != Q2_OK:
         return              # no memory for the list: they stay in limbo
     runs_clear(&img.limbo[other])
-    img.epoch += 1
+    q2_store(&img.epoch, img.epoch + 1)
 
 
 cdef enum:

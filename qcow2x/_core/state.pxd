@@ -6,13 +6,15 @@
 #   meta      reader-writer; held to plan, never across data I/O. Shared: look at L1, caches,
 #             refcount table. Exclusive: change any of them, the lists, the size
 #   room      the waiting room's mutex; leaf, nothing is taken under it
-# The lock of `cipher` is taken around data I/O, when no other is held (sectors.pyx).
+# The lock of `cipher` is taken around data I/O, when no other is held (sectors.pyx); that of `decoded`
+# before and after it.
 # Atomic fields may be read without a lock. Nothing here takes the GIL.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.cache cimport q2_cache
 from qcow2x._core.chain cimport q2_chain
 from qcow2x._core.crypto cimport SectorCipher
+from qcow2x._core.decoded cimport q2_decoded
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.marks cimport marks_set, q2_marks
@@ -127,7 +129,7 @@ cdef class ImageState(Storage):
     cdef q2_growth growth
     cdef q2_guard guarded
     cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
-    cdef uint64_t epoch
+    cdef uint64_t epoch             # atomic; what it is at a plan tells what may have been freed since
     cdef bint frozen                # writers wait outside: a snapshot is being made
     cdef bint half_done             # and lacked room in the middle: poisoned until refcounts and
                                     # COPIED flags are made anew (Image._finish_half_done)
@@ -166,6 +168,7 @@ cdef class ImageState(Storage):
     cdef q2_status shut_status      # how that one ended
 
     cdef q2_counters count          # for stats()
+    cdef q2_decoded decoded
 
     cdef pthread_mutex_t commit
     cdef pthread_rwlock_t meta

@@ -6,6 +6,7 @@ from posix.time cimport nanosleep, timespec
 
 from qcow2x._core.cache cimport cache_free
 from qcow2x._core.chain cimport chain_free
+from qcow2x._core.decoded cimport decoded_free
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail, fail_errno, lacked_room
 from qcow2x._core.status cimport *
@@ -37,17 +38,20 @@ cdef class ImageState(Storage):
         free(self.limbo[1].run)
         free(self.awake_dir)
         chain_free(&self.below)
+        decoded_free(&self.decoded)
         if self.locks_ready:
             pthread_rwlock_destroy(&self.meta)
             pthread_cond_destroy(&self.room_cond)
             pthread_mutex_destroy(&self.room)
             pthread_mutex_destroy(&self.commit)
+            pthread_mutex_destroy(&self.decoded.lock)
 
 
 cdef void init_locks(ImageState img) noexcept nogil:
     cdef pthread_rwlockattr_t attr
     pthread_mutex_init(&img.commit, NULL)
     pthread_mutex_init(&img.room, NULL)
+    pthread_mutex_init(&img.decoded.lock, NULL)
     pthread_cond_init(&img.room_cond, NULL)
     # Writers first: an allocating write must not starve behind a stream of readers.
     pthread_rwlockattr_init(&attr)
@@ -213,7 +217,7 @@ cdef void drain_requests(ImageState img) noexcept nogil:
     # What waits in limbo for the other parity waits on; the next flush takes it.
     if runs_append(&img.limbo[now], &img.limbo[other]) == Q2_OK:
         runs_clear(&img.limbo[other])
-    img.epoch += 1
+    q2_store(&img.epoch, img.epoch + 1)
     pthread_rwlock_unlock(&img.meta)
     while q2_load(&img.active[now]) != 0:
         pause_briefly()
