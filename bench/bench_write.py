@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from loads import calls_of_many, many_at_once, side_by_side
@@ -18,6 +19,7 @@ from qcow2x.demo import race
 from qcow2x.demo.race import Load
 
 SIZE = 256 * MIB
+PLACES = 5
 MODES = ("writeback", "none", "writethrough", "directsync")
 #: Requests that take a tenth of a second or so, by mode and size.
 COUNTS = {
@@ -78,21 +80,40 @@ def time_ours_and_raw(
     )
 
 
+def use_raw(path: Path) -> None:
+    fd = race.open_raw(path, "writeback", SIZE)
+    race.fill(lambda data, off: os.pwritev(fd, [data], off), SIZE)
+    race.close_raw(fd)
+
+
+def use_image(path: Path) -> None:
+    qcow2x.create(path, SIZE)
+    with qcow2x.open(path, "r+") as image:
+        race.fill(image.pwrite, SIZE)
+
+
+def use_qemu(path: Path) -> None:
+    race.create_qemu(path, SIZE)
+    race.time_qemu(Load.sequential(MIB, SIZE // MIB, SIZE), path, "writeback", write=True)
+
+
 @pytest.fixture(scope="module")
 def used(folder):
-    """Disks in which every byte has been written, by who writes to them."""
-    paths = {who: folder / f"used-{who}" for who in ("raw", "qcow2x", "qemu")}
-    fd = race.open_raw(paths["raw"], "writeback", SIZE)
-    race.fill(lambda data, off: os.pwritev(fd, [data], off), SIZE)
-    os.close(fd)
-    qcow2x.create(paths["qcow2x"], SIZE)
-    with qcow2x.open(paths["qcow2x"], "r+") as image:
-        race.fill(image.pwrite, SIZE)
-    race.create_qemu(paths["qemu"], SIZE)
-    race.time_qemu(Load.sequential(MIB, SIZE // MIB, SIZE), paths["qemu"], "writeback", write=True)
-    yield paths
-    for path in paths.values():
-        path.unlink()
+    """Disks in which every byte has been written, by who writes to them; several of each, for rounds to
+    take turns with. Where on the host's disk a file lies makes a difference of up to 10 %, which would
+    be that of all rows if there was one of each."""
+    uses = [("raw", use_raw), ("qcow2x", use_image), ("qemu", use_qemu)]
+    sets = []
+    for n in range(PLACES):
+        paths = {}
+        for who, use in uses[n % 3 :] + uses[: n % 3]:
+            paths[who] = folder / f"used-{n}-{who}"
+            use(paths[who])
+        sets.append(paths)
+    yield sets
+    for paths in sets:
+        for path in paths.values():
+            path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +138,7 @@ def our_way(used):
         kind = (cache, load.nbytes)
         if kind not in known:
             ways = (by_threads, by_calls)
-            with qcow2x.open(used["qcow2x"], "r+", cache=cache) as image:
+            with qcow2x.open(used[0]["qcow2x"], "r+", cache=cache) as image:
                 times = side_by_side(
                     load,
                     0,
@@ -162,14 +183,17 @@ def bench_rewrite(used, versus, qemu_aio, our_way, cache, nbytes, pattern, depth
     way = our_way(cache, load) if depth > 1 else by_threads
     turns = iter(range(1 << 20))
 
-    def prepare(who):
-        (race.make_cold if race.RAW_FLAGS[cache] & os.O_DIRECT else race.make_warm)(used[who])
-        return used[who]
-
     def one_round():
+        turn = next(turns)
+
+        def prepare(who):
+            path = used[turn % PLACES][who]
+            (race.make_cold if race.RAW_FLAGS[cache] & os.O_DIRECT else race.make_warm)(path)
+            return path
+
         fd = race.open_raw(prepare("raw"), cache)
         with qcow2x.open(prepare("qcow2x"), "r+", cache=cache) as image:
-            ours, raw = time_ours_and_raw(load, image, fd, depth, next(turns), way)
+            ours, raw = time_ours_and_raw(load, image, fd, depth, turn, way)
         race.close_raw(fd)
         aio = qemu_aio(cache)
         qemu = race.time_qemu(load, prepare("qemu"), cache, write=True, aio=aio, depth=depth)
