@@ -207,7 +207,8 @@ cdef class CoreImage(ImageState):
         cdef q2_status st
         with nogil:
             st = read_guest(self, out, n, off)
-        self._raise(st)
+        if st != Q2_OK:
+            self._raise(st)
         return data
 
     def preadinto(self, buffer, offset):
@@ -222,7 +223,8 @@ cdef class CoreImage(ImageState):
         with nogil:
             st = read_guest(self, view.buf, n, off)
         PyBuffer_Release(&view)
-        self._raise(st)
+        if st != Q2_OK:
+            self._raise(st)
         return n
 
     def preadv_many(self, requests):
@@ -241,7 +243,8 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK:
             with nogil:
                 st = read_many(self, many.wanted, many.n)
-        self._raise(st)
+        if st != Q2_OK:
+            self._raise(st)
         return many.lengths()
 
     # ---- Writing --------------------------------------------------------------------------------
@@ -263,7 +266,8 @@ cdef class CoreImage(ImageState):
                 st = write_guest(self, view.buf, view.len, off, fua)
         cdef Py_ssize_t n = view.len
         PyBuffer_Release(&view)
-        self._raise(st)
+        if st != Q2_OK:
+            self._raise(st)
         return n
 
     def pwritev_many(self, requests, *, bint fua=False):
@@ -284,7 +288,8 @@ cdef class CoreImage(ImageState):
         if st == Q2_OK and many.n:
             with nogil:
                 st = write_many(self, many.wanted, many.n, fua)
-        self._raise(st)
+        if st != Q2_OK:
+            self._raise(st)
         return many.lengths()
 
     def pwrite_compressed(self, data, offset, *, level=None):

@@ -66,6 +66,7 @@ cdef struct q2_ahead:
 
 cdef struct q2_growth:
     bint on                     # fixed when the image is opened
+    uint32_t n_ahead
     bint filling                # somebody makes a new reserve
     bint ask_written            # the next reserve is to be written with zeros, all of it
     uint64_t ask                # clusters that whoever found the reserve empty wants
@@ -75,7 +76,6 @@ cdef struct q2_growth:
     uint64_t file_end           # bytes in the file when the image was opened
     q2_stream stream[GROWTH_STREAMS]
     uint32_t stream_turn
-    uint32_t n_ahead
     uint32_t promised           # windows that writes in flight will link
     q2_ahead ahead[GROWTH_STREAMS]
 
@@ -87,27 +87,57 @@ cdef struct q2_counters:
 
 
 cdef class ImageState(Storage):
+    # What every request looks at and few change lies together: after an I/O little of it is left in the
+    # processor's nearest caches, and each line of theirs that a request touches costs it time. The same
+    # goes for what every request changes, which lies apart from that for the sake of other processors.
     cdef q2_geometry geo
-    cdef Header header
+    cdef q2_cache l2
+    cdef uint64_t *l1               # under meta; host byte order
+    cdef uint32_t l1_size           # entries
+    cdef int32_t refused            # an errno if nothing is to be written from the start: what was asked
+                                    # to be guarded cannot be found; set before the image is used
+    cdef q2_guard guarded           # under meta
+    cdef uint64_t *rt               # refcount table, host byte order; NULL before it is needed; under meta
+    cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
+    cdef bint durable               # writethrough, directsync: a write returns when it is durable
+    cdef bint frozen                # writers wait outside: a snapshot is being made; under meta
+    cdef bint data_is_file          # data is a FileStorage, and no subclass of it
     cdef Storage file               # metadata, and data too unless data is another
     cdef Storage data               # guest data: the same as file without an external data file
-    cdef bint data_is_file          # data is a FileStorage, and no subclass of it
+    cdef SectorCipher cipher        # None unless the data clusters are encrypted
+    cdef uint64_t epoch             # atomic; changed under meta: what it is at a plan tells what may
+                                    # have been freed since
+    # Atomic.
+    cdef uint64_t disk_size         # guest bytes; changed under meta, exclusive
+    cdef uint64_t host_size         # the file's size as far as this image has seen or grown it
+    cdef uint64_t closed            # not 0 from close() on; set under meta, exclusive
+    cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
+                                    # anything is written; cleared under meta, exclusive
+    cdef uint64_t broken            # 1 after metadata could not be written, or a sync failed
+    cdef uint64_t meta_seq          # counts changes of metadata
+    cdef uint64_t meta_durable      # changes up to this one are durable
+    cdef q2_marks marks             # changed since the bitmaps were last stored; exchanged while
+                                    # writers are frozen
+    cdef q2_runs dropped            # unmapped, but not yet durably so; under meta
+    cdef q2_growth growth           # under meta
+
+    # Atomic, changed by every request.
+    cdef uint64_t active[2]         # requests that entered during an epoch of this parity
+    cdef uint64_t writers           # writing requests under way
+    cdef pthread_rwlock_t meta
+
+    cdef Header header
     cdef bint raw_data              # the data file is to read as the disk by itself, zeros included
     cdef Storage backing            # None without a backing file
     cdef uint64_t backing_size
     cdef q2_chain below             # the layers that the backing file begins
-    cdef SectorCipher cipher        # None unless the data clusters are encrypted
-    cdef bint durable               # writethrough, directsync: a write returns when it is durable
     cdef bint discard_to_host       # freed clusters are punched out of the file
     cdef bint lazy_refcounts        # refcounts wait for the close; till then the dirty bit is set
 
     # Under meta.
-    cdef uint64_t *l1               # host byte order
-    cdef uint32_t l1_size           # entries
     cdef uint64_t l1_offset
     cdef uint8_t *l1_dirty          # a byte per 512-byte sector of the table
     cdef bint l1_is_dirty
-    cdef uint64_t *rt               # refcount table, host byte order; NULL before it is needed
     cdef uint64_t rt_entries
     cdef uint64_t rt_offset
     cdef uint8_t head[512]          # the file's first sector as it is on disk, patched in place;
@@ -115,7 +145,6 @@ cdef class ImageState(Storage):
                                     # are looked at without a lock: atomic
     cdef bint head_stale            # the file may have another than `head`, as a write of it failed:
                                     # a write-back begins with it. Under commit
-    cdef q2_cache l2
     cdef q2_cache refblocks
     cdef uint64_t free_hint         # no host cluster below this one is free
     cdef uint64_t run_from          # nor are run_want of them in a row below this one
@@ -124,42 +153,23 @@ cdef class ImageState(Storage):
     cdef uint64_t gap_end           # only grew past them: nothing was written there, they are zeros
     cdef uint64_t packed_end        # host offset after the last compressed cluster; 0: start anew
     cdef q2_inflight *inflight
-    cdef q2_runs dropped            # unmapped, but not yet durably so
     cdef q2_runs limbo[2]           # durably unmapped during an epoch of this parity
-    cdef q2_growth growth
-    cdef q2_guard guarded
-    cdef uint32_t guard_level       # a GUARD of overlap.pxd; fixed when the image is opened
-    cdef uint64_t epoch             # atomic; what it is at a plan tells what may have been freed since
-    cdef bint frozen                # writers wait outside: a snapshot is being made
-    cdef bint half_done             # and lacked room in the middle: poisoned until refcounts and
+    cdef bint half_done             # a snapshot lacked room in the middle: poisoned until refcounts and
                                     # COPIED flags are made anew (Image._finish_half_done)
 
     # Persistent bitmaps; exchanged while writers are frozen.
-    cdef q2_marks marks             # changed since the bitmaps were last stored
     cdef object tracker             # keeps the array of `marks` alive
     cdef uint8_t *awake_dir         # the bitmap directory with tracked bitmaps marked in use
     cdef uint64_t awake_dir_bytes
     cdef uint64_t awake_dir_off
 
     # Atomic.
-    cdef uint64_t disk_size         # guest bytes; changed under meta, exclusive
-    cdef uint64_t active[2]         # requests that entered during an epoch of this parity
-    cdef uint64_t writers           # writing requests under way
-    cdef uint64_t host_size         # the file's size as far as this image has seen or grown it
-    cdef uint64_t meta_seq          # counts changes of metadata
-    cdef uint64_t meta_durable      # changes up to this one are durable
     cdef uint64_t refblock_seq      # the file's write_seq after the last refcount block written
     cdef uint64_t table_seq         # the same after the last L2 table written
-    cdef uint64_t closed            # not 0 from close() on; set under meta, exclusive
-    cdef uint64_t asleep            # 1: bitmaps are valid on disk, and must be marked in use before
-                                    # anything is written; cleared under meta, exclusive
     cdef uint64_t lazy_dirty        # 1: the dirty bit is on disk, so refcounts there may be wrong
     cdef uint64_t damaged           # 1 after damage was met that no write may follow: a table where a
                                     # write would go, an entry that no writer makes
-    cdef int32_t refused            # an errno if nothing is to be written from the start: what was asked
-                                    # to be guarded cannot be found; set before the image is used
-    cdef uint64_t refusals          # writes that this has cost
-    cdef uint64_t broken            # 1 after metadata could not be written, or a sync failed
+    cdef uint64_t refusals          # writes that `refused` has cost
     cdef uint64_t flush_tickets     # calls to flush so far
 
     # Under commit.
@@ -171,11 +181,10 @@ cdef class ImageState(Storage):
     cdef q2_decoded decoded
 
     cdef pthread_mutex_t commit
-    cdef pthread_rwlock_t meta
     cdef pthread_mutex_t room
     cdef pthread_cond_t room_cond
     cdef uint64_t room_turn         # under room: grows whenever something one may wait for happened
-    cdef uint64_t room_waiters
+    cdef uint64_t room_waiters      # atomic
 
     cdef bint locks_ready
 

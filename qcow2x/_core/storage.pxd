@@ -92,12 +92,12 @@ cdef class FileStorage(Storage):
     cdef uint32_t can_punch
     cdef uint32_t can_zero
     cdef uint32_t can_dsync
-    cdef pthread_mutex_t sync_lock   # held while syncing; innermost of all locks but the pools'
-    cdef int32_t sync_errno          # under it: first failure of a buffered sync; later ones repeat it
     cdef uint32_t mem_align          # what O_DIRECT asks of memory, at most `align`
     cdef uint64_t file_size          # at least the size as this object has grown it; atomic
     cdef void *edges                 # rwlock: unaligned O_DIRECT writes exclude aligned ones
     cdef void *bounce                # pool of aligned buffers, NULL when buffered
+    cdef pthread_mutex_t sync_lock   # held while syncing; innermost of all locks but the pools'
+    cdef int32_t sync_errno          # under it: first failure of a buffered sync; later ones repeat it
 
 
 # Around whole, aligned writes with the descriptor (shared), and around what must not meet one.

@@ -535,17 +535,25 @@ cdef class FileStorage(Storage):
 
     cdef q2_status write_at(self, int32_t site, const void *buf, size_t nbytes, uint64_t off,
                             uint32_t flags) noexcept nogil:
+        cdef bint durable = is_durable(self, flags), dsync = durable and q2_load32(&self.can_dsync)
         cdef iovec one
-        one.iov_base = <void *>buf
-        one.iov_len = nbytes
-        return self.writev_at(site, &one, 1, off, flags)
+        cdef q2_status rc
+        if self.bounce is not NULL and not (is_aligned(off | nbytes, self.align)
+                                            and is_aligned(<uintptr_t>buf, self.mem_align)):
+            one.iov_base = <void *>buf
+            one.iov_len = nbytes
+            return self.writev_at(site, &one, 1, off, flags)
+        if self.read_only:
+            return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        hold_edges(self, True)
+        rc = pwrite_all(self, site, <const char *>buf, nbytes, off, &dsync)
+        release_edges(self)
+        return wrote(self, site, off + nbytes, durable, dsync) if rc == Q2_OK and nbytes else rc
 
     cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
                              uint32_t flags) noexcept nogil:
         cdef size_t nbytes = q2_iov_bytes(iov, iovcnt)
-        cdef bint durable = not self.ignore_sync and (
-            flags & WRITE_FUA or (self.durable_writes and not flags & WRITE_DEFERRED))
-        cdef bint dsync = durable and q2_load32(&self.can_dsync)
+        cdef bint durable = is_durable(self, flags), dsync = durable and q2_load32(&self.can_dsync)
         cdef q2_status rc
         if self.read_only:
             return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
@@ -557,14 +565,7 @@ cdef class FileStorage(Storage):
             rc = pwritev_all(self, site, iov, iovcnt, off, &dsync)
         else:
             rc = write_direct(self, site, iov, iovcnt, nbytes, off, &dsync)
-        if rc != Q2_OK:
-            return rc
-        q2_raise_to(&self.file_size, off + nbytes)
-        if dsync:
-            note_durable_write(self)
-            return Q2_OK
-        self.note_write()
-        return self.sync(site) if durable else Q2_OK
+        return wrote(self, site, off + nbytes, durable, dsync) if rc == Q2_OK else rc
 
     cdef q2_status sync(self, int32_t site) noexcept nogil:
         cdef uint64_t seq = q2_load(&self.write_seq)
@@ -723,41 +724,93 @@ cdef q2_status pread_all(FileStorage self, int32_t site, char *buf, size_t nbyte
     return Q2_OK
 
 
+cdef q2_status failed_write(FileStorage self, int32_t site, uint64_t off, ssize_t done,
+                            bint *dsync) noexcept nogil:
+    """What a call that wrote nothing means: Q2_OK, it is to be tried again; *dsync is cleared if the
+    kernel has no such thing."""
+    cdef int failure = c_errno
+    if done == 0:
+        return fail_errno(ENOSPC, site, off, b"the storage takes no more bytes")
+    if dsync[0] and (failure == EOPNOTSUPP or failure == ENOSYS):
+        q2_store32(&self.can_dsync, 0)
+        dsync[0] = False
+        return Q2_OK
+    if failure == EINTR:
+        return Q2_OK
+    if failure == EIO and dsync[0] and self.bounce is NULL:
+        # It may have been told of a page of somebody else's, and a sync would not be again.
+        pthread_mutex_lock(&self.sync_lock)
+        self.sync_errno = failure
+        pthread_mutex_unlock(&self.sync_lock)
+    return fail_here(self, failure, site, off, b"write failed")
+
+
+cdef q2_status pwrite_all(FileStorage self, int32_t site, const char *buf, size_t nbytes,
+                          uint64_t off, bint *dsync) noexcept nogil:
+    """*dsync asks for durability and is cleared if the kernel has none."""
+    cdef iovec one
+    cdef ssize_t done
+    cdef q2_status rc
+    while nbytes > 0:
+        if dsync[0]:
+            one.iov_base = <void *>buf
+            one.iov_len = nbytes
+            done = c_pwritev2(self.fd, &one, 1, off, RWF_DSYNC)
+        else:
+            # A list of one costs the kernel a tenth of the call.
+            done = c_pwrite(self.fd, buf, nbytes, off)
+        if done <= 0:
+            rc = failed_write(self, site, off, done, dsync)
+            if rc != Q2_OK:
+                return rc
+            continue
+        buf += done
+        off += done
+        nbytes -= done
+    return Q2_OK
+
+
 cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int iovcnt,
                            uint64_t off, bint *dsync) noexcept nogil:
-    """Writes all of the list; *dsync asks for durability and is cleared if the kernel has none."""
+    """Writes all of the list; *dsync as for pwrite_all."""
     cdef iovec part[IOV_BATCH]
     cdef q2_iov at = q2_iov_start(iov, iovcnt)
     cdef ssize_t done
-    cdef int n, failure
+    cdef int n
+    cdef q2_status rc
+    if iovcnt == 1:
+        return pwrite_all(self, site, <const char *>iov.iov_base, iov.iov_len, off, dsync)
     q2_iov_advance(&at, 0)
     while at.n > 0:
         n = min(at.n, <int>IOV_BATCH)
         memcpy(part, at.iov, n * sizeof(iovec))
         part[0].iov_base = <char *>part[0].iov_base + at.used
         part[0].iov_len -= at.used
-        if n == 1 and not dsync[0]:
-            # One buffer is the common case, and a list of one costs the kernel a tenth of the call.
-            done = c_pwrite(self.fd, part[0].iov_base, part[0].iov_len, off)
-        else:
-            done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
-        if done > 0:
-            off += done
-            q2_iov_advance(&at, done)
-        elif done == 0:
-            return fail_errno(ENOSPC, site, off, b"the storage takes no more bytes")
-        elif dsync[0] and (c_errno == EOPNOTSUPP or c_errno == ENOSYS):
-            q2_store32(&self.can_dsync, 0)
-            dsync[0] = False
-        elif c_errno != EINTR:
-            failure = c_errno
-            if failure == EIO and dsync[0] and self.bounce is NULL:
-                # It may have been told of a page of somebody else's, and a sync would not be again.
-                pthread_mutex_lock(&self.sync_lock)
-                self.sync_errno = failure
-                pthread_mutex_unlock(&self.sync_lock)
-            return fail_here(self, failure, site, off, b"write failed")
+        done = c_pwritev2(self.fd, part, n, off, RWF_DSYNC if dsync[0] else 0)
+        if done <= 0:
+            rc = failed_write(self, site, off, done, dsync)
+            if rc != Q2_OK:
+                return rc
+            continue
+        off += done
+        q2_iov_advance(&at, done)
     return Q2_OK
+
+
+cdef inline bint is_durable(FileStorage self, uint32_t flags) noexcept nogil:
+    return not self.ignore_sync and (
+        flags & WRITE_FUA or (self.durable_writes and not flags & WRITE_DEFERRED))
+
+
+cdef q2_status wrote(FileStorage self, int32_t site, uint64_t end, bint durable,
+                     bint dsync) noexcept nogil:
+    """Counts a write up to `end`, and makes it durable if it is to be and is not by itself."""
+    q2_raise_to(&self.file_size, end)
+    if dsync:
+        note_durable_write(self)
+        return Q2_OK
+    q2_add(&self.write_seq, 1)
+    return self.sync(site) if durable else Q2_OK
 
 
 cdef int fallocate_range(FileStorage self, int mode, uint64_t off, uint64_t nbytes) noexcept nogil:
