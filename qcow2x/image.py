@@ -93,9 +93,12 @@ def open(
     runs of 1 to 8 MiB ahead of their use, and mapped ahead of a writer that moves on through the disk,
     so that most writes to new clusters touch no metadata; what is unused when the image is closed (or
     checked, or a snapshot taken) is given back, after a crash it is leaked or reads as zeros. While the
-    image is open, clusters that are mapped ahead show as data in :meth:`Image.extents`. ``"plain"``: each
-    cluster when it is written to. ``"auto"``, the default: ahead where writes are durable at return
-    (``writethrough``, ``directsync``), else plain. Encrypted images and external data files grow plain.
+    image is open, clusters that are mapped ahead show as data in :meth:`Image.extents`. ``"together"``: the
+    same, in space that the host's file system sets aside, while several writes are under way, so that they
+    need not wait for each other; what nobody flushed is no more durable for it. ``"plain"``: each cluster
+    when it is written to. ``"auto"``, the default: ahead where writes are durable at return
+    (``writethrough``, ``directsync``), together where they go past the page cache (``none``), else plain.
+    Encrypted images and external data files grow plain.
     ``discard_to_host=False`` keeps freed clusters allocated in the host's file system.
     ``key`` is the passphrase of an encrypted image: bytes, text (as UTF-8), a callable that gets
     the image's name and returns either, or a mapping from names to either. It serves every

@@ -1,4 +1,4 @@
-"""Durable growth: what is reserved and linked ahead, and what is left of it at the end."""
+"""Growth ahead of the writer: what is reserved and linked ahead, and what is left of it at the end."""
 
 from __future__ import annotations
 
@@ -251,7 +251,41 @@ def test_threads_that_grow_the_same_image(tmp_path: Path, cluster_size: int) -> 
         assert sum(run.length for run in image.extents() if run.data) == len(used) * step
 
 
-def test_growth_is_one_of_three(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [4 * KIB, 64 * KIB], ids=["small", "whole"])
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_writes_that_grow_together(tmp_path: Path, cache: str, size: int) -> None:
     path = new(tmp_path / "image")
-    with pytest.raises(ValueError, match="growth must be one of auto, ahead, plain"):
+    data = {at * size: bytes([at % 255 + 1]) * size for at in range(128)}
+    scattered = {40 * MIB + at * 128 * KIB: b"\x77" * size for at in range(64)}
+    with qcow2x.open(path, "r+", cache=cache, growth="together") as image:
+        for requests in (data, scattered):
+            parts = [(part, off) for off, part in requests.items()]
+            for i in range(0, len(parts), 16):
+                image.pwritev_many(parts[i : i + 16])
+        image.flush()
+        mapped = sum(run.length for run in image.extents() if run.data)
+        # A crash now: what was reserved leaks, no more.
+        lost = shutil.copy(path, tmp_path / "lost")
+    for image_path in (path, lost):
+        with qcow2x.open(image_path) as image:
+            for off, part in (data | scattered).items():
+                assert image.pread(size, off) == part
+            assert image.pread(MIB, 16 * MIB) == bytes(MIB)
+    used = {off // (64 * KIB) for off in data | scattered}
+    assert sum(length for _, length in runs(path)) == len(used) * 64 * KIB < mapped
+    qemu_img("check", "-f", "qcow2", str(path))
+    qemu_img("check", "-f", "qcow2", "-r", "leaks", str(lost))
+
+
+def test_one_write_at_a_time_grows_plainly_without_the_page_cache(tmp_path: Path) -> None:
+    path = new(tmp_path / "image")
+    with qcow2x.open(path, "r+", cache="none") as image:
+        for cluster in range(32):
+            image.pwrite(b"\x5a" * 64 * KIB, cluster * 64 * KIB)
+        assert path.stat().st_size < 3 * MIB
+
+
+def test_growth_is_one_of_four(tmp_path: Path) -> None:
+    path = new(tmp_path / "image")
+    with pytest.raises(ValueError, match="growth must be one of auto, plain, together, ahead"):
         qcow2x.open(path, "r+", growth="fast")

@@ -1,11 +1,11 @@
-# Durable growth: new clusters without a refcount to write, and without a mapping to write. What it is
+# Growth ahead of the writer: new clusters without a refcount to write, and without a mapping to write. What it is
 # stands in reserve.pxd; here is what touches the file for it.
 from libc.stdint cimport uint64_t
 
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
 
-# No lock held. A new reserve, durably; on failure (there may be no room for so much at once) the caller
+# No lock held. A new reserve, durably if it is GROWTH_AHEAD; on failure (there may be no room for so much at once) the caller
 # allocates what it needs by itself.
 cdef q2_status fill_reserve(ImageState img) noexcept nogil
 

@@ -1,13 +1,13 @@
 # cython: language_level=3
-"""Durable growth: the reserve filled."""
-from libc.stdint cimport UINT64_MAX, uint32_t
+"""Growth ahead of the writer: the reserve filled."""
+from libc.stdint cimport UINT64_MAX, int32_t, uint32_t
 
 from qcow2x._core.alloc cimport alloc_clusters, release_unlinked
 from qcow2x._core.edges cimport Q2_EDGE_RESERVE_BEFORE_L2, q2_keeps
 from qcow2x._core.flush cimport flush_image
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport Q2_KIND_DATA
-from qcow2x._core.reserve cimport MOST_BYTES, clusters_in
+from qcow2x._core.reserve cimport *
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
@@ -15,14 +15,18 @@ from qcow2x._core.storage cimport WRITE_DEFERRED, q2_extent
 from qcow2x._core.sync cimport *
 
 
-cdef q2_status write_reserve(ImageState img, uint64_t host_off, uint64_t nbytes,
-                             bint whole) noexcept nogil:
-    """The range is inside the file and reads as zeros. `whole`: every block is written, so that writing
-    to it later is no matter of the file system's journal; else only its end, for clusters that lie past
-    the end of the file. (At the end a write cannot cut off what others append, as a truncate could.)"""
+cdef q2_status make_reserve(ImageState img, uint64_t host_off, uint64_t nbytes,
+                            int32_t made) noexcept nogil:
+    """The range is inside the file and reads as zeros, in one of the ways of reserve.pxd. All but
+    RESERVE_WRITTEN are for clusters that lie past the end of the file."""
     cdef uint64_t n
     cdef q2_status st
-    if not whole:
+    if made == RESERVE_SET_ASIDE:
+        st = img.file.allocate(Q2_SITE_PREALLOCATE, host_off, nbytes)
+        if st != Q2_E_UNSUPPORTED:
+            return st
+    if made != RESERVE_WRITTEN:
+        # At the end a write cannot cut off what others append, as a truncate could.
         return img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), 512, host_off + nbytes - 512,
                                  WRITE_DEFERRED)
     while nbytes:
@@ -39,14 +43,15 @@ cdef q2_status fill_reserve(ImageState img) noexcept nogil:
     cdef q2_growth *g = &img.growth
     cdef uint32_t cbits = img.geo.cluster_bits
     cdef uint64_t first = 0, got = 0, released = 0, miss = 0
-    cdef bint fresh = False, whole = False
+    cdef bint fresh = False
+    cdef int32_t made = RESERVE_WRITTEN
     cdef q2_status st = Q2_MISS, outcome
     while st == Q2_MISS:
         pthread_rwlock_wrlock(&img.meta)
         if g.n or g.filling:
             pthread_rwlock_unlock(&img.meta)
             return Q2_OK
-        whole = g.ask_written
+        made = g.ask_made
         st = alloc_clusters(img, g.ask if g.ask > g.step else g.step, &first, &got, &fresh, &miss)
         if st == Q2_OK:
             g.filling = True
@@ -55,9 +60,9 @@ cdef q2_status fill_reserve(ImageState img) noexcept nogil:
             return Q2_E_IO
     if st != Q2_OK:
         return st
-    outcome = write_reserve(img, first << cbits, got << cbits, whole or not fresh)
-    # Edge: refcounts and zeros of the reserve before any mapping to it.
-    if outcome == Q2_OK and q2_keeps(Q2_EDGE_RESERVE_BEFORE_L2):
+    outcome = make_reserve(img, first << cbits, got << cbits, made if fresh else RESERVE_WRITTEN)
+    # Edge: refcounts and zeros of the reserve before any mapping to it. (GROWTH_TOGETHER: see write.link.)
+    if outcome == Q2_OK and g.how == GROWTH_AHEAD and q2_keeps(Q2_EDGE_RESERVE_BEFORE_L2):
         outcome = flush_image(img)
     st = Q2_MISS
     while st == Q2_MISS:

@@ -30,7 +30,7 @@ from qcow2x._core.metadata cimport load_slice, mark_corrupt
 from qcow2x._core.overlap cimport *
 from qcow2x._core.plan cimport q2_plan
 from qcow2x._core.read cimport guest_extent, read_guest, read_many
-from qcow2x._core.reserve cimport init_growth
+from qcow2x._core.reserve cimport GROWTH_AHEAD, GROWTH_PLAIN, GROWTH_TOGETHER, init_growth
 from qcow2x._core.resize cimport resize_guest
 from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.snapshot cimport (apply_snapshot, create_snapshot, delete_snapshot, q2_old_table,
@@ -57,7 +57,8 @@ GUARDS = {"none": GUARD_NONE, "constant": GUARD_CONSTANT, "cached": GUARD_CACHED
 
 
 #: What growth= may say; see reserve.pxd.
-GROWTHS = ("auto", "ahead", "plain")
+GROWTHS = {"auto": GROWTH_PLAIN, "plain": GROWTH_PLAIN, "together": GROWTH_TOGETHER,
+           "ahead": GROWTH_AHEAD}
 
 #: What is written, for ``_write_meta``.
 SITE_L1_UPDATE = Q2_SITE_L1_UPDATE
@@ -117,7 +118,14 @@ cdef class CoreImage(ImageState):
         self._set_backing(backing)
         if growth not in GROWTHS:
             raise ValueError(f"growth must be one of {', '.join(GROWTHS)}")
-        init_growth(self, writable and (growth == "ahead" or growth == "auto" and self.durable))
+        how = GROWTHS[growth] if writable else GROWTH_PLAIN
+        if growth == "auto" and writable:
+            if self.durable:
+                how = GROWTH_AHEAD
+            elif self.file.align > 1 and not self.file.fixed_size:
+                # Past the page cache. A device has no blocks to hand out.
+                how = GROWTH_TOGETHER
+        init_growth(self, how)
         with nogil:
             st = self.file.read_at(Q2_SITE_HEADER_READ, self.head, 512, 0)
         check_status(st, self.name)

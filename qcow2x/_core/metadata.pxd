@@ -20,7 +20,7 @@ cdef enum:
 cdef enum:
     MISSING_DIRTY_BIT = 2
 
-# The reserve of durable growth is empty: fill_reserve of growth.pxd, not load_slice, fills it.
+# The reserve of growth.pxd is empty: fill_reserve there, not load_slice, fills it.
 cdef enum:
     MISSING_RESERVE = 4
 

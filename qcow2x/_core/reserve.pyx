@@ -25,17 +25,13 @@ cdef enum:
     # Up to this cluster size a scattered 4 KiB write is better off in blocks that were written with
     # zeros (1.03 to 1.12 times a raw file's time, directsync, 64 KiB) than in a hole (1.27 to 1.33).
     WRITTEN_CLUSTER = 64 << 10
-    # Writes under way up to which zeros pay in the page cache: more of them share each commit of the
-    # file system's journal, and then the bytes are what counts (64 KiB sequential, depth 32: 1.1 times
-    # a raw file's time in holes, 1.9 with zeros; past the cache 1.1 and 0.4).
-    FEW_WRITERS = 4
 
 
-cdef void init_growth(ImageState img, bint wanted) noexcept nogil:
+cdef void init_growth(ImageState img, int32_t how) noexcept nogil:
     memset(&img.growth, 0, sizeof(q2_growth))
     # An external data file has no clusters to hand out, and zeros of the host are none to a guest
     # whose disk is encrypted.
-    img.growth.on = wanted and not img.geo.external_data and not is_encrypted(img)
+    img.growth.how = GROWTH_PLAIN if img.geo.external_data or is_encrypted(img) else how
     img.growth.step = clusters_in(img, LEAST_BYTES)
     img.growth.file_end = q2_load(&img.host_size)
 
@@ -188,13 +184,24 @@ cdef void note_ahead(ImageState img, uint64_t first_cl, uint64_t n, uint64_t fir
 
 # ---- The reserve --------------------------------------------------------------------------------
 
+cdef inline int32_t best_made(ImageState img, bint in_stream, bint many, bint small) noexcept nogil:
+    if img.growth.how == GROWTH_TOGETHER and not (in_stream and small):
+        return RESERVE_SET_ASIDE
+    if ((img.file.align > 1 or not many)
+            and (in_stream or img.geo.cluster_size <= WRITTEN_CLUSTER)):
+        return RESERVE_WRITTEN
+    return RESERVE_HOLE
+
+
 cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint64_t room,
-                             const uint8_t *at, uint64_t clear_cl, uint64_t *first, uint64_t *got,
-                             uint64_t *ahead, uint64_t *miss) noexcept nogil:
+                             const uint8_t *at, uint64_t clear_cl, bint many, bint small,
+                             uint64_t *first, uint64_t *got, uint64_t *ahead,
+                             uint64_t *miss) noexcept nogil:
     cdef q2_growth *g = &img.growth
     cdef q2_stream *stream = stream_at(g, first_cl)
     cdef uint64_t window = 0, more = 0
     cdef q2_status st
+    got[0] = ahead[0] = 0
     if stream is not NULL:
         window = next_window(img, stream.window)
         more = linkable(img, first_cl + n, window if window < room - n else room - n,
@@ -203,8 +210,7 @@ cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint
         if g.filling:
             return Q2_BUSY
         g.ask = n + more
-        g.ask_written = ((img.file.align > 1 or q2_load(&img.writers) <= FEW_WRITERS)
-                         and (stream is not NULL or img.geo.cluster_size <= WRITTEN_CLUSTER))
+        g.ask_made = best_made(img, stream is not NULL, many, small)
         miss[0] = MISSING_RESERVE
         return Q2_MISS
     if more and g.promised + 1 >= GROWTH_STREAMS:
@@ -232,7 +238,7 @@ cdef q2_status settle_growth(ImageState img) noexcept nogil:
     cdef q2_growth *g = &img.growth
     cdef uint64_t released, miss = 0
     cdef q2_status st = Q2_MISS
-    if not g.on:
+    if g.how == GROWTH_PLAIN:
         return Q2_OK
     while st == Q2_MISS:
         st = Q2_OK
@@ -262,7 +268,7 @@ cdef void cut_tail(ImageState img) noexcept nogil:
     cdef uint64_t end = q2_load(&img.host_size) >> cbits
     cdef uint64_t was = end, refs = 1, miss = 0, size = 0
     cdef q2_status st
-    if not img.growth.on or img.file.fixed_size or img.rt is NULL:
+    if img.growth.how == GROWTH_PLAIN or img.file.fixed_size or img.rt is NULL:
         return
     while end > least:
         pthread_rwlock_wrlock(&img.meta)

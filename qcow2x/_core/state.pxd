@@ -65,10 +65,10 @@ cdef struct q2_ahead:
     uint64_t used[AHEAD_WORDS]  # atomic: a bit for each that was written to, or changed otherwise
 
 cdef struct q2_growth:
-    bint on                     # fixed when the image is opened
+    int32_t how                 # a GROWTH of reserve.pxd; fixed when the image is opened
     uint32_t n_ahead
     bint filling                # somebody makes a new reserve
-    bint ask_written            # the next reserve is to be written with zeros, all of it
+    int32_t ask_made            # how the next reserve is to be made: a RESERVE of reserve.pxd
     uint64_t ask                # clusters that whoever found the reserve empty wants
     uint64_t step               # clusters that the next reserve has at least
     uint64_t first              # the reserve: host clusters that are counted, durably, and read as

@@ -25,7 +25,8 @@ from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_tab
 from qcow2x._core.metadata cimport MISSING_REFTABLE, MISSING_RESERVE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO, q2_plan
-from qcow2x._core.reserve cimport note_ahead, note_used, take_reserved
+from qcow2x._core.reserve cimport (GROWTH_AHEAD, GROWTH_TOGETHER, MANY_WRITERS, SEVERAL_WRITERS,
+                                   note_ahead, note_used, take_reserved)
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
@@ -51,6 +52,7 @@ cdef struct q2_write:
     uint8_t what            # IN_PLACE, KEEP or RENEW
     bint fresh              # the host clusters read as zeros until written
     bint grows              # the host clusters may come from the reserve (growth.pxd)
+    bint many               # one of many writes under way
     bint over_zeros         # the guest clusters read as zeros before, and the host's do until written
     uint64_t ahead          # of the owned clusters, the last so many are linked ahead
     uint64_t clear_cl       # where `grows`: nothing of the backing file shows through before it
@@ -208,16 +210,15 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     w.flag_zeros = False
     if w.what == RENEW and img.geo.external_data:
         w.host_off = first_cl << cbits
-    elif w.what == RENEW and w.grows:
-        st = take_reserved(img, first_cl, n, room, at, w.clear_cl, &first_host, &got, &w.ahead, miss)
-        if st != Q2_OK:
-            return st
-        n = got
-        w.host_off = first_host << cbits
-        w.fresh = True
-        w.over_zeros = read_as_zeros(img, at, first_cl, n, w.clear_cl)
     elif w.what == RENEW:
-        st = alloc_clusters(img, n, &first_host, &got, &w.fresh, miss)
+        if w.grows:
+            st = take_reserved(img, first_cl, n, room, at, w.clear_cl, w.many,
+                               nbytes < img.geo.cluster_size, &first_host, &got, &w.ahead, miss)
+            w.fresh = True
+            w.over_zeros = (img.growth.how == GROWTH_AHEAD and st == Q2_OK
+                            and read_as_zeros(img, at, first_cl, got, w.clear_cl))
+        else:
+            st = alloc_clusters(img, n, &first_host, &got, &w.fresh, miss)
         if st != Q2_OK:
             return st
         n = got
@@ -299,7 +300,7 @@ cdef q2_status link(ImageState img, const q2_write *w, uint64_t *miss) noexcept 
         # No edge: whichever of data and mapping is on the disk, old bytes are zeros.
         return Q2_OK
     # Edge: the data before the mapping to it. It replaces old bytes, or lies where the file only
-    # now begins to reach.
+    # now begins to reach. So does a reserve that nobody waits for (GROWTH_TOGETHER).
     return cache_after(&img.l2, slot, RANK_DATA, q2_load(&img.file.write_seq))
 
 
@@ -366,11 +367,16 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
 
 
 cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
-                                uint64_t guest_off, uint64_t *done) noexcept nogil:
+                                uint64_t guest_off, uint64_t at_once, uint64_t *done) noexcept nogil:
+    """`at_once`: as many writes are under way as this one's caller knows of."""
     cdef q2_write w
+    cdef uint64_t writers = max(at_once, q2_load(&img.writers))
     cdef q2_status st
+    w.many = writers >= MANY_WRITERS
     # A large write spreads the syncs of its metadata over many clusters by itself.
-    w.grows = img.growth.on and nbytes <= GROWS_AT_MOST
+    w.grows = nbytes <= GROWS_AT_MOST and (
+        img.growth.how == GROWTH_AHEAD
+        or (img.growth.how == GROWTH_TOGETHER and writers >= SEVERAL_WRITERS))
     st = begin_write(img, guest_off, nbytes, &w)
     done[0] = 0
     if st != Q2_OK or w.what == IN_PLACE:
@@ -488,7 +494,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
     while left and st == Q2_OK:
         st = write_in_place(img, data, left, guest_off, flags, alone, &entered, &parity, &done)
         if st == Q2_OK and done == 0:
-            st = write_allocating(img, data, left, guest_off, &done)
+            st = write_allocating(img, data, left, guest_off, 1, &done)
         # What was left to the other, and by that as well: no table, or no longer kept.
         alone = done == 0
         data += done
@@ -550,7 +556,7 @@ cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
             st = collect_in_place(img, &batch, i, data, left, guest_off, alone, &entered, &parity,
                                   &done)
             if st == Q2_OK and done == 0:
-                st = write_allocating(img, data, left, guest_off, &done)
+                st = write_allocating(img, data, left, guest_off, n, &done)
             alone = done == 0
             data += done
             guest_off += done
@@ -586,7 +592,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
         st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
-    w.grows = False
+    w.grows = w.many = False
     while guest_off < end and st == Q2_OK:
         st = begin_write(img, guest_off, end - guest_off, &w)
         if st != Q2_OK:

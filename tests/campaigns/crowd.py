@@ -68,7 +68,7 @@ class Shape:
             cache=("unsafe", "writeback", "writethrough", "none", "directsync")[
                 seed % (3 if special == "python" else 5)
             ],
-            growth=rng.choice(("auto", "ahead", "plain")),
+            growth=rng.choice(("auto", "ahead", "together", "plain")),
             lazy=rng.random() < 0.4,
             compression=rng.choice(("zlib", "zstd")),
             # An object has no folder that a backing file's name could count from.

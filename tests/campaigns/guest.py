@@ -92,10 +92,16 @@ class Guest:
         self._note(began, offset, data, settled=fua)
 
     def write_many(self) -> None:
-        """Several writes in one call, each to sectors of its own."""
+        """Several writes in one call, each to sectors of its own; now and then they move on."""
         requests: list[tuple[bytes, int]] = []
+        moves_on = self.rng.random() < 0.4
         for _ in range(self.rng.randint(2, 6)):
             offset, length = self._range(SECTOR)
+            if moves_on:
+                length = min(length, self.image.size - self.end)
+                offset, self.end = self.end, self.end + length
+                if not length:
+                    break
             if all(offset + length <= at or at + len(data) <= offset for data, at in requests):
                 requests.append((stamped(offset, length, self._next()), offset))
         began = self.machine.now

@@ -159,7 +159,18 @@ def many_writes(rng: random.Random) -> Case:
         rng,
         {"write_many": 8, "write": 2, "discard": 1, "flush": 1},
         steps=16,
-        growth=rng.choice(("auto", "ahead", "plain")),
+        growth=rng.choice(("auto", "ahead", "together", "plain")),
+    )
+
+
+def growth_together(rng: random.Random) -> Case:
+    """Reserved for several writes at a time and linked ahead of them, with nothing made durable for it."""
+    return _guest_case(
+        rng,
+        {"write_many": 7, "append": 3, "write": 1, "discard": 1, "zero": 1, "flush": 2},
+        steps=24,
+        filled=0.0,
+        growth="together",
     )
 
 
@@ -774,6 +785,7 @@ WORKLOADS: dict[str, Callable[[random.Random], Case]] = {
     "growth, reserved and linked ahead": growth_ahead,
     "growth, over what was there before": growth_over_left_over,
     "growth, reserved as holes": growth_into_holes,
+    "growth, several writes at a time": growth_together,
     "growth of refcount blocks and table": growth_of_refcounts,
     "writes of metadata that fail": failing_writes,
     "lazy refcounts": lazy_refcounts,

@@ -34,7 +34,7 @@ MiB = 1 << 20
 #: Small clusters reach table growth and many slices with few bytes, so most runs use them.
 CLUSTER_BITS = [9] * 8 + [10] * 3 + [11, 12, 12, 13, 14, 14, 15, 16, 16, 17, 18, 19, 20, 21]
 CACHES = ["unsafe"] * 6 + ["writeback", "none", "writethrough", "directsync"]
-GROWTH = ["auto", "auto", "ahead", "plain"]
+GROWTH = ["auto", "auto", "ahead", "together", "plain"]
 CIPHERS = [None] * 5 + ["luks", "aes"]
 KEY = "the machine's"
 GRANULARITIES = [512, 1024, 4096, 64 * KiB]
