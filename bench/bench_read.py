@@ -3,13 +3,11 @@ that, from the disk (O_DIRECT). Through a chain of overlays, and of compressed c
 
 from __future__ import annotations
 
-import mmap
 import os
-import time
 
 import pytest
-from loads import many_at_once, side_by_side
-from table import KIB, MIB, OURS, QEMU, RAW
+from loads import WAYS, Way, by_threads, fastest_way, many_at_once, side_by_side
+from table import KIB, MIB, OURS, QEMU, RAW, Round
 
 import qcow2x
 from qcow2x.demo import race
@@ -37,7 +35,7 @@ def disks(folder):
         path.unlink()
 
 
-def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int):
+def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int, way: Way):
     if depth == 1:
         return side_by_side(
             load,
@@ -49,9 +47,9 @@ def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int):
     return side_by_side(
         load,
         turn,
-        lambda part: many_at_once(part, image.preadinto, depth),
+        lambda part: way(part, image.preadinto, image.preadv_many, depth),
         lambda part: many_at_once(part, lambda buf, off: os.preadv(fd, [buf], off), depth),
-        stretch=4 * depth,
+        stretch=16 * depth,
     )
 
 
@@ -83,15 +81,21 @@ def compare_reads(disks, versus, case, cache, aio):
     fd = race.open_raw(raw, cache)
     turns = iter(range(1 << 20))
     with qcow2x.open(path, cache=cache) as image:
+        way = by_threads
+        if depth == 32:
+            way = fastest_way(lambda way: way(load, image.preadinto, image.preadv_many, depth))
 
         def one_round():
-            ours, theirs = time_both(load, image, fd, depth, next(turns))
+            pairs = time_both(load, image, fd, depth, next(turns), way)
+            this = Round.of(RAW, pairs, alike=True)
             qemu = race.time_qemu(load, path, cache, write=False, aio=aio, depth=depth)
-            return {OURS: ours, RAW: theirs, QEMU: qemu}
+            this.seconds[QEMU] = qemu
+            return this
 
         size = f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
         versus(
-            f"read {size} {pattern}, {'cached' if warm else 'O_DIRECT'}, depth {depth}",
+            f"read {size} {pattern}, {'cached' if warm else 'O_DIRECT'}, depth {depth}"
+            + WAYS[way],
             one_round,
             requests=load.count,
             tags={"work": "read", "nbytes": nbytes, "pattern": pattern, "warm": warm,
@@ -122,16 +126,20 @@ def bench_read_through_chain(disks, versus, folder, depth):
         qcow2x.create(layer, backing_file=below, backing_format="qcow2")
         below = layer
     race.make_warm(path, readahead=True)
+    turns = iter(range(1 << 20))
     with qcow2x.open(below, references="follow") as image, qcow2x.open(path) as alone:
 
         def one_round():
-            ours, single = race.alternate(
+            pairs = side_by_side(
                 load,
+                next(turns),
                 lambda part: race.time_image_reads(part, image),
                 lambda part: race.time_image_reads(part, alone),
+                stretch=1,
             )
-            qemu = race.time_qemu(load, below, "writeback", write=False)
-            return {OURS: ours, "depth 1": single, QEMU: qemu}
+            this = Round.of("depth 1", pairs, alike=True)
+            this.seconds[QEMU] = race.time_qemu(load, below, "writeback", write=False)
+            return this
 
         versus(
             f"read 4 KiB scattered through a chain of {depth}",
@@ -160,37 +168,3 @@ def bench_read_compressed(disks, versus, nbytes):
             requests=load.count,
             tags={"work": "read compressed", "plot": "read"},
         )
-
-
-@pytest.mark.parametrize("cache", ["none"], indirect=True)
-def bench_read_many(disks, versus, folder, cache):
-    """32 requests in each call of preadv_many, beside 32 threads on a raw file."""
-    raw, path, _ = disks
-    load = Load.scattered(4 * KIB, 2_048, SIZE)
-    buffers = [memoryview(mmap.mmap(-1, load.nbytes)) for _ in range(32)]
-    batches = [
-        list(zip(buffers, load.offsets[at : at + 32], strict=True))
-        for at in range(0, load.count, 32)
-    ]
-    for disk in (raw, path):
-        race.make_cold(disk)
-    fd = race.open_raw(raw, cache)
-    aio = race.fastest_qemu_aio(folder, cache)
-    with qcow2x.open(path, cache=cache) as image:
-
-        def one_round():
-            start = time.perf_counter()
-            for batch in batches:
-                image.preadv_many(batch)
-            ours = time.perf_counter() - start
-            theirs = many_at_once(load, lambda buf, off: os.preadv(fd, [buf], off), 32)
-            qemu = race.time_qemu(load, path, cache, write=False, aio=aio, depth=32)
-            return {OURS: ours, RAW: theirs, QEMU: qemu}
-
-        versus(
-            "read 4 KiB scattered, O_DIRECT, preadv_many of 32",
-            one_round,
-            requests=load.count,
-            tags={"work": "read many", "plot": "read"},
-        )
-    os.close(fd)

@@ -1,18 +1,17 @@
 """Writes beside os.pwritev on a raw file and qemu-img bench: into disks that grow, made anew for each
 round, and, apart from that, into disks in which every byte was written before.
 
-The raw file's 32 requests at once come from 32 threads: os has no other way. QEMU is asked in the way
-that serves it best on this machine, and where the image only gets rewritten, so is qcow2x."""
+The raw file's 32 requests at once come from 32 threads: os has no other way. QEMU and qcow2x are each
+asked in the way that serves them best on this machine."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loads import calls_of_many, many_at_once, side_by_side
-from table import KIB, MIB, OURS, QEMU, RAW
+from loads import WAYS, Way, by_threads, fastest_way, many_at_once, side_by_side
+from table import KIB, MIB, QEMU, RAW, Round
 
 import qcow2x
 from qcow2x.demo import race
@@ -47,35 +46,14 @@ def name_of(work: str, nbytes: int, pattern: str, cache: str, depth: int) -> str
     return f"{work} {size} {pattern}, {cache}, depth {depth}"
 
 
-def by_threads(load: Load, image: qcow2x.Image, depth: int) -> float:
-    return many_at_once(load, image.pwrite, depth)
-
-
-def by_calls(load: Load, image: qcow2x.Image, depth: int) -> float:
-    return calls_of_many(load, image.pwritev_many, depth)
-
-
-def by_callers(load: Load, image: qcow2x.Image, depth: int) -> float:
-    return calls_of_many(load, image.pwritev_many, depth, callers=CALLERS)
-
-
-CALLERS = 4
-#: What is said of each way after the name of a row.
-WAYS = {
-    by_threads: "",
-    by_calls: ", pwritev_many",
-    by_callers: f", pwritev_many in {CALLERS} threads",
-}
-
-
 def time_ours_and_raw(
     load: Load,
     image: qcow2x.Image,
     fd: int,
     depth: int,
     turn: int,
-    ours: Callable[[Load, qcow2x.Image, int], float] = by_threads,
-) -> tuple[float, float]:
+    way: Way,
+) -> list[tuple[float, float]]:
     if depth == 1:
         return side_by_side(
             load,
@@ -87,7 +65,7 @@ def time_ours_and_raw(
     return side_by_side(
         load,
         turn,
-        lambda part: ours(part, image, depth),
+        lambda part: way(part, image.pwrite, image.pwritev_many, depth),
         lambda part: many_at_once(part, lambda data, off: os.pwritev(fd, [data], off), depth),
         # At the end of each stretch fewer and fewer are under way, which qemu-img bench has once only:
         # of 128 requests of 4 KiB that was a seventh of the time.
@@ -144,26 +122,6 @@ def qemu_aio(folder):
     return fastest
 
 
-@pytest.fixture(scope="module")
-def our_way(used):
-    """The same for ours at 32 requests at once: 32 threads, 32 requests in each call, or 8 in the calls
-    of 4 threads."""
-    known: dict[tuple[str, int], Callable[[Load, qcow2x.Image, int], float]] = {}
-
-    def fastest(cache: str, load: Load) -> Callable[[Load, qcow2x.Image, int], float]:
-        kind = (cache, load.nbytes)
-        if kind not in known:
-            times = dict.fromkeys(WAYS, 0.0)
-            # Who is tried first meets a disk that is still busy with what came before.
-            for way in [*WAYS, *reversed(WAYS)]:
-                with qcow2x.open(used[0]["qcow2x"], "r+", cache=cache) as image:
-                    times[way] += way(load, image, 32)
-            known[kind] = min(WAYS, key=lambda way: times[way])
-        return known[kind]
-
-    return fastest
-
-
 ALL = [
     pytest.mark.parametrize("depth", [1, 32], ids="depth{}".format),
     pytest.mark.parametrize("pattern", ["sequential", "scattered"]),
@@ -190,9 +148,12 @@ def tags_of(work: str, nbytes: int, pattern: str, cache: str, depth: int) -> dic
 
 
 @every_kind
-def bench_rewrite(used, versus, qemu_aio, our_way, cache, nbytes, pattern, depth):
+def bench_rewrite(used, versus, qemu_aio, cache, nbytes, pattern, depth):
     load = load_for(cache, nbytes, pattern, depth, grows=False)
-    way = our_way(cache, load) if depth > 1 else by_threads
+    way = by_threads
+    if depth > 1:
+        with qcow2x.open(used[0]["qcow2x"], "r+", cache=cache) as image:
+            way = fastest_way(lambda way: way(load, image.pwrite, image.pwritev_many, depth))
     turns = iter(range(1 << 20))
 
     def one_round():
@@ -205,11 +166,13 @@ def bench_rewrite(used, versus, qemu_aio, our_way, cache, nbytes, pattern, depth
 
         fd = race.open_raw(prepare("raw"), cache)
         with qcow2x.open(prepare("qcow2x"), "r+", cache=cache) as image:
-            ours, raw = time_ours_and_raw(load, image, fd, depth, turn, way)
+            pairs = time_ours_and_raw(load, image, fd, depth, turn, way)
         race.close_raw(fd)
         aio = qemu_aio(cache)
+        this = Round.of(RAW, pairs, alike=True)
         qemu = race.time_qemu(load, prepare("qemu"), cache, write=True, aio=aio, depth=depth)
-        return {OURS: ours, RAW: raw, QEMU: qemu}
+        this.seconds[QEMU] = qemu
+        return this
 
     kind = ("rewrite", nbytes, pattern, cache, depth)
     name = name_of("rewrite", nbytes, pattern, cache, depth)
@@ -223,23 +186,30 @@ def bench_grow(folder, versus, qemu_aio, cache, nbytes, pattern, depth):
     paths = {who: folder / f"growing-{who}" for who in ("raw", "qcow2x", "qemu")}
     turns = iter(range(1 << 20))
 
+    def grow(way):
+        qcow2x.create(paths["qcow2x"], SIZE)
+        with qcow2x.open(paths["qcow2x"], "r+", cache=cache) as image:
+            taken = way(load, image.pwrite, image.pwritev_many, depth)
+        paths["qcow2x"].unlink()
+        return taken
+
+    way = fastest_way(grow) if depth > 1 else by_threads
+
     def one_round():
         fd = race.open_raw(paths["raw"], cache, SIZE)
         qcow2x.create(paths["qcow2x"], SIZE)
         with qcow2x.open(paths["qcow2x"], "r+", cache=cache) as image:
-            ours, raw = time_ours_and_raw(load, image, fd, depth, next(turns))
+            pairs = time_ours_and_raw(load, image, fd, depth, next(turns), way)
         race.close_raw(fd)
         race.create_qemu(paths["qemu"], SIZE)
         aio = qemu_aio(cache)
+        this = Round.of(RAW, pairs, alike=False)
         qemu = race.time_qemu(load, paths["qemu"], cache, write=True, aio=aio, depth=depth)
+        this.seconds[QEMU] = qemu
         for path in paths.values():
             path.unlink()
-        return {OURS: ours, RAW: raw, QEMU: qemu}
+        return this
 
     kind = ("grow", nbytes, pattern, cache, depth)
-    versus(
-        name_of("grow", nbytes, pattern, cache, depth),
-        one_round,
-        requests=load.count,
-        tags=tags_of(*kind),
-    )
+    name = name_of("grow", nbytes, pattern, cache, depth)
+    versus(name + WAYS[way], one_round, requests=load.count, tags=tags_of(*kind))

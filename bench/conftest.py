@@ -3,8 +3,9 @@
     pytest bench
 
 Each result stands beside its baselines from the same run and the same round, in which everybody
-takes turns. A ratio is our time over the baseline's, the median over the rounds; below 1 is faster.
-No benchmark fails for being slow. ``report.md`` and its plots are written beside this file.
+takes turns. A ratio is our time over the baseline's, below 1 is faster: the median over the rounds, or,
+of rewriting and reading, where both take turns within a round and one stretch is like the other, over
+all of those. No benchmark fails for being slow. ``report.md`` and its plots are written beside this file.
 
 QCOW2X_BENCH_ROUNDS sets the number of rounds (default 7; those that take many seconds have fewer, writes
 that a bound of percents is held to three times as many),
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import report
-from table import OURS, Fact, Row, Table, is_bound_write
+from table import OURS, Fact, Round, Row, Table, is_bound_write
 
 from qcow2x.demo.race import takes_direct
 
@@ -64,11 +65,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def versus(benchmark, request):
     """Runs rounds; *one_round* gives everybody the same requests and returns who took how many
-    seconds, ours as "qcow2x"."""
+    seconds, ours as "qcow2x"; a Round where both took turns by stretches."""
 
     def measure(
         name: str,
-        one_round: Callable[[], dict[str, float]],
+        one_round: Callable[[], dict[str, float] | Round],
         *,
         requests: int = 1,
         tags: Mapping[str, object] | None = None,
@@ -76,11 +77,12 @@ def versus(benchmark, request):
         rounds: int | None = None,
         warm_up: bool = True,
     ) -> Row:
-        taken: list[dict[str, float]] = []
+        taken: list[Round] = []
 
         def run() -> None:
-            taken.append(one_round())
-            OWN_TIME.add(taken[-1][OURS])
+            this = one_round()
+            taken.append(this if isinstance(this, Round) else Round(this))
+            OWN_TIME.add(taken[-1].seconds[OURS])
 
         if rounds is None:
             rounds = ROUNDS * 3 if is_bound_write(tags or {}) else ROUNDS
@@ -88,8 +90,8 @@ def versus(benchmark, request):
             one_round()
         benchmark.group = name
         benchmark.pedantic(run, rounds=rounds)
-        seconds = {who: [times[who] for times in taken] for who in taken[0]}
-        row = Row(name, requests, seconds, tags or {}, at_most or {})
+        row = Row(name, requests, taken, tags or {}, at_most or {})
+        seconds = {who: [one.seconds[who] for one in taken] for who in taken[0].seconds}
         ratios = {who: row.ratio(who) for who in row.baselines()}
         benchmark.extra_info.update(requests=requests, seconds=seconds, ratios=ratios)
         request.config.stash[TABLE].rows.append(row)

@@ -8,34 +8,62 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from qcow2x.demo.race import STRETCHES, Load, alternate
+from qcow2x.demo.race import STRETCHES, Load
 
 T = TypeVar("T")
+One = Callable[[memoryview, int], object]
+Many = Callable[[list[tuple[memoryview, int]]], object]
+#: A way to have *depth* requests of a load under way, by an image's verbs for one and for many.
+Way = Callable[[Load, One, Many, int], float]
+CALLERS = 4
 
 
-def many_at_once(load: Load, send: Callable[[memoryview, int], object], depth: int) -> float:
+def many_at_once(load: Load, send: One, depth: int) -> float:
     """Seconds for all requests of *load* with *depth* of them under way, by as many threads. The same
     for a raw file and for an image, so that what the interpreter costs is the same, too."""
     requests = list(zip(load.buffers, load.offsets, strict=True))
-    return by_threads(requests, lambda request: send(*request), depth)
+    return shared_out(requests, lambda request: send(*request), depth)
 
 
-def calls_of_many(
-    load: Load,
-    send: Callable[[list[tuple[memoryview, int]]], object],
-    depth: int,
-    *,
-    callers: int = 1,
-) -> float:
+def calls_of_many(load: Load, send: Many, depth: int, *, callers: int = 1) -> float:
     """Seconds for all requests of *load*, *depth* of them under way in the calls of *callers* threads:
     where one call ends, those of the others keep the disk busy."""
     requests = list(zip(load.buffers, load.offsets, strict=True))
     each = depth // callers
     calls = [requests[i : i + each] for i in range(0, len(requests), each)]
-    return by_threads(calls, send, callers)
+    return shared_out(calls, send, callers)
 
 
-def by_threads(work: Sequence[T], send: Callable[[T], object], threads: int) -> float:
+def by_threads(load: Load, one: One, many: Many, depth: int) -> float:
+    return many_at_once(load, one, depth)
+
+
+def by_calls(load: Load, one: One, many: Many, depth: int) -> float:
+    return calls_of_many(load, many, depth)
+
+
+def by_callers(load: Load, one: One, many: Many, depth: int) -> float:
+    return calls_of_many(load, many, depth, callers=CALLERS)
+
+
+#: What is said of each way after the name of a row.
+WAYS: dict[Way, str] = {
+    by_threads: "",
+    by_calls: ", many in a call",
+    by_callers: f", many in a call of {CALLERS} threads",
+}
+
+
+def fastest_way(run: Callable[[Way], float]) -> Way:
+    """The way that serves an image best, of one round in each."""
+    times = dict.fromkeys(WAYS, 0.0)
+    # Who is tried first meets a disk that is still busy with what came before.
+    for way in [*WAYS, *reversed(WAYS)]:
+        times[way] += run(way)
+    return min(WAYS, key=lambda way: times[way])
+
+
+def shared_out(work: Sequence[T], send: Callable[[T], object], threads: int) -> float:
     number = itertools.count()
     ready = threading.Barrier(threads + 1)
     failures: list[BaseException] = []
@@ -68,12 +96,15 @@ def side_by_side(
     other: Callable[[Load], float],
     *,
     stretch: int,
-) -> tuple[float, float]:
+) -> list[tuple[float, float]]:
     """Two subjects under the same load by turns, as many times as it has stretches of so many
-    requests; who is first changes with them, and with *turn*."""
+    requests; who is first changes with them, and with *turn*. The seconds of both for each stretch."""
     stretches = max(1, min(STRETCHES, load.count // stretch))
-    if turn % 2:
-        second, first = alternate(load, other, one, stretches=stretches)
-    else:
-        first, second = alternate(load, one, other, stretches=stretches)
-    return first, second
+    pairs = []
+    for n, part in enumerate(load.parts(stretches)):
+        if (n + turn) % 2:
+            theirs = other(part)
+            pairs.append((one(part), theirs))
+        else:
+            pairs.append((one(part), other(part)))
+    return pairs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,9 +53,11 @@ def write(table: Table, folder: Path, disks: Path, rounds: int) -> Path:
     out += [f"- {line}" for line in _machine(disks, rounds)]
     out += [
         "",
-        "Ratios are our time over the other's, medians over rounds in which all took turns;",
+        "Ratios are our time over the other's, below 1 is faster: medians over rounds in which all",
+        "took turns; of rewriting and reading beside a raw file, over all stretches in which both did.",
+        "The spread is the lowest and the highest round.",
+        "",
     ]
-    out += ["below 1 is faster. The spread is the lowest and the highest round.", ""]
     out += ["## Must reach", "", "| work | against | ratio | at most | | worst of |"]
     out += ["|---|---|---:|---:|---|---|"]
     for verdict in table.verdicts():
@@ -140,13 +141,12 @@ def _plots(table: Table, folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _plot(title: str, rows: list[Row]) -> str:
-    who = list(dict.fromkeys(name for row in rows for name in row.seconds))
+    who = list(dict.fromkeys(name for row in rows for name in row.rounds[0].seconds))
     groups = []
     for row in rows:
-        base = statistics.median(row.seconds[row.baselines()[0]])
+        base = row.microseconds(row.baselines()[0])
         values = [
-            statistics.median(row.seconds[name]) / base if name in row.seconds else None
-            for name in who
+            row.microseconds(name) / base if name in row.rounds[0].seconds else None for name in who
         ]
         groups.append(Group(row.name, tuple(values)))
     series = [(name, COLOURS[i % len(COLOURS)]) for i, name in enumerate(who)]

@@ -11,12 +11,28 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 @dataclass
+class Round:
+    """Who took how many seconds, ours under "qcow2x"."""
+
+    seconds: dict[str, float]
+    #: Of work in which one stretch is like the other: our time over a baseline's for each stretch in
+    #: which both took their turns. What grows is not such work: some of it pays for the rest.
+    stretches: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, baseline: str, pairs: list[tuple[float, float]], *, alike: bool) -> Round:
+        ours, theirs = (sum(seconds) for seconds in zip(*pairs, strict=True))
+        ratios = {baseline: [one / other for one, other in pairs]} if alike else {}
+        return cls({OURS: ours, baseline: theirs}, ratios)
+
+
+@dataclass
 class Row:
-    """One kind of work; ``seconds`` by who did it, one figure per round, ours under "qcow2x"."""
+    """One kind of work, and how its rounds went."""
 
     name: str
     requests: int
-    seconds: dict[str, list[float]]
+    rounds: list[Round]
     #: What the bounds know it by: work, nbytes, pattern, cache, depth, temperature ...
     tags: Mapping[str, object]
     #: The most that ours may take, in times of a baseline: bounds besides those of MUST.
@@ -24,21 +40,22 @@ class Row:
 
     def ratios(self, baseline: str) -> list[float]:
         """Our time over the baseline's, round by round."""
-        pairs = zip(self.seconds[OURS], self.seconds[baseline], strict=True)
-        return [ours / base for ours, base in pairs]
+        return [one.seconds[OURS] / one.seconds[baseline] for one in self.rounds]
 
     def ratio(self, baseline: str) -> float:
-        return statistics.median(self.ratios(baseline))
+        """The median over all stretches where they are alike, else over the rounds."""
+        stretches = [ratio for one in self.rounds for ratio in one.stretches.get(baseline, ())]
+        return statistics.median(stretches or self.ratios(baseline))
 
     def spread(self, baseline: str) -> str:
         ratios = self.ratios(baseline)
         return f"{min(ratios):.2f}-{max(ratios):.2f}"
 
     def baselines(self) -> list[str]:
-        return [who for who in self.seconds if who != OURS]
+        return [who for who in self.rounds[0].seconds if who != OURS]
 
     def microseconds(self, who: str) -> float:
-        return statistics.median(self.seconds[who]) / self.requests * 1e6
+        return statistics.median(one.seconds[who] for one in self.rounds) / self.requests * 1e6
 
 
 @dataclass
@@ -79,7 +96,7 @@ class Must:
     combine: Callable[[list[float]], float] = max
 
     def verdict(self, rows: list[Row]) -> Verdict:
-        found = [row for row in rows if self.baseline in row.seconds and self.takes(row.tags)]
+        found = [row for row in rows if self.baseline in row.baselines() and self.takes(row.tags)]
         if not found:
             return Verdict(self, None, "", 0)
         by_row = {row.name: row.ratio(self.baseline) for row in found}

@@ -1,10 +1,11 @@
-"""Many writes in one call: overwrites together, by io_uring or by threads, what allocates one by one."""
+"""Many writes in one call, together, by io_uring or by threads: overwrites, and what allocates."""
 
 import mmap
 import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,96 @@ def test_unaligned_buffers_with_o_direct(tmp_path: Path) -> None:
             model[off : off + len(data)] = data
         assert image.pread(MiB, 0) == model
     compare_bytes(path, bytes(model))
+
+
+def blocks(places: list[int], size: int, stamp: int) -> list[tuple[mmap.mmap, int]]:
+    requests = []
+    for place in places:
+        data = mmap.mmap(-1, size)
+        data[:] = stamped(place * size, size, stamp)
+        requests.append((data, place * size))
+    return requests
+
+
+@pytest.mark.parametrize("growth", ["auto", "ahead", "plain"])
+@pytest.mark.parametrize("cache", ["none", "directsync"])
+@pytest.mark.parametrize("size", [4 * KiB, 16 * KiB, 64 * KiB, 256 * KiB])
+def test_threads_that_allocate_many_at_a_time(
+    tmp_path: Path, cache: str, growth: str, size: int
+) -> None:
+    """Each thread's writes lie between those of the others, often in the same cluster."""
+    path = tmp_path / "image"
+    qcow2x.create(path, 64 * MiB)
+    places = list(range(64 * MiB // size))
+    if size < 64 * KiB:
+        places = places[:512]
+    random.Random(size).shuffle(places)
+    failures = []
+
+    def work(number: int) -> None:
+        try:
+            own = blocks(places[number::4], size, number)
+            for at in range(0, len(own), 40):
+                image.pwritev_many(own[at : at + 40])
+        except BaseException as exc:
+            failures.append(exc)
+
+    with qcow2x.open(path, "r+", cache=cache, growth=growth) as image:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+    check_clean(path)
+    with qcow2x.open(path) as image:
+        for number in range(4):
+            for place in places[number::4]:
+                off = place * size
+                assert image.pread(size, off) == stamped(off, size, number)
+
+
+NO_MORE_THAN = """
+import mmap, resource, signal, sys
+import qcow2x
+from test_write_many import KiB, blocks
+path, cache = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+with qcow2x.open(path, "r+", cache=cache) as image:
+    image.pwritev_many(blocks(range(8), 64 * KiB, 1))
+    image.flush()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048 * KiB, hard))
+    try:
+        image.pwritev_many(blocks(range(4, 100), 64 * KiB, 2))
+        sys.exit("more was written than the file may hold")
+    except OSError as exc:
+        assert "image" in str(exc), exc
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    image.pwritev_many(blocks(range(64, 100), 64 * KiB, 3))
+    image.flush()
+"""
+
+
+@pytest.mark.parametrize("cache", ["none", "directsync"])
+def test_a_host_that_takes_no_more(tmp_path: Path, cache: str) -> None:
+    path = tmp_path / "image"
+    qcow2x.create(path, 64 * MiB)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MORE_THAN, path, cache],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    check_clean(path)
+    with qcow2x.open(path) as image:
+        for place in range(128):
+            off = place * 64 * KiB
+            data = image.pread(64 * KiB, off)
+            may_be = [bytes(64 * KiB)] if place >= 8 else [stamped(off, 64 * KiB, 1)]
+            if 4 <= place < 64:
+                may_be.append(stamped(off, 64 * KiB, 2))
+            if 64 <= place < 100:
+                may_be = [stamped(off, 64 * KiB, 3)]
+            assert data in may_be, place

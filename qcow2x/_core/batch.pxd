@@ -42,10 +42,10 @@ cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint wri
 cdef bint batch_takes(ImageState img, const q2_batch *batch, const void *buf, uint64_t nbytes,
                       uint64_t host_off) noexcept nogil
 
-# No lock held. Adds a transfer of request `request`; sends what is collected first if it is full,
+# No lock held. Adds a transfer of request `request`, with `flags` (of the batch, or without WRITE_FUA); sends what is collected first if it is full,
 # and answers how that went.
 cdef q2_status batch_add(ImageState img, q2_batch *batch, const void *buf, uint64_t nbytes,
-                         uint64_t host_off, size_t request) noexcept nogil
+                         uint64_t host_off, size_t request, uint32_t flags) noexcept nogil
 
 # No lock held. Does what is collected and empties the batch. The answer is that of the first request
 # that failed, and `failed` is lowered to it.

@@ -50,7 +50,7 @@ cdef bint batch_takes(ImageState img, const q2_batch *batch, const void *buf, ui
 
 
 cdef q2_status batch_add(ImageState img, q2_batch *batch, const void *buf, uint64_t nbytes,
-                         uint64_t host_off, size_t request) noexcept nogil:
+                         uint64_t host_off, size_t request, uint32_t flags) noexcept nogil:
     cdef q2_status st = Q2_OK
     cdef q2_io *io
     if batch.n == BATCH_MOST:
@@ -61,7 +61,7 @@ cdef q2_status batch_add(ImageState img, q2_batch *batch, const void *buf, uint6
     io.off = host_off
     io.fd = (<FileStorage>img.data).fd
     io.writes = batch.writes
-    io.flags = RWF_DSYNC if by_itself_durable(<FileStorage>img.data, batch.flags) else 0
+    io.flags = RWF_DSYNC if by_itself_durable(<FileStorage>img.data, flags) else 0
     batch.of_request[batch.n] = request
     batch.n += 1
     return st

@@ -12,8 +12,12 @@ cdef struct q2_cow:
     uint64_t tail_off        # guest offset of the tail; it begins where the data ends
     uint64_t tail_bytes
 
+# No lock held. Whether nothing is to be written besides the data: on a fresh host cluster, one that reads
+# as zeros already, sides that are zeros are left out.
+cdef q2_status writes_alone(ImageState img, const q2_cow *cow, bint fresh,
+                            bint *alone) noexcept nogil
+
 # No lock held. Writes head, data and tail as one vector to host_off (the place of the head), the
-# old guest bytes around the data read first. On a fresh host cluster, one that reads as zeros
-# already, sides that are zeros are left out.
+# old guest bytes around the data read first.
 cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,
                               size_t data_bytes, uint64_t host_off, bint fresh) noexcept nogil

@@ -21,24 +21,31 @@ cdef struct q2_side:
     void *scratch           # the old bytes, NULL where zeros do
 
 
-cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept nogil:
-    cdef uint64_t inside = side.nbytes
+cdef q2_status look_at_side(ImageState img, uint64_t guest_off, uint64_t nbytes, uint64_t *inside,
+                            bint *zero) noexcept nogil:
+    """How much of it lies inside the disk, and whether all of that reads as zeros."""
     cdef uint64_t end = q2_load(&img.disk_size)
+    zero[0] = True
+    inside[0] = nbytes
+    # The last cluster may reach past the end of the disk: nothing is there to copy.
+    if guest_off >= end:
+        inside[0] = 0
+    elif nbytes > end - guest_off:
+        inside[0] = end - guest_off
+    return reads_as_zero(img, guest_off, inside[0], zero) if inside[0] else Q2_OK
+
+
+cdef q2_status fetch_side(ImageState img, q2_side *side, bint fresh) noexcept nogil:
+    cdef uint64_t inside = 0
     cdef bint zero = True
     cdef q2_status st
     side.scratch = NULL
     side.left_out = side.nbytes == 0
     if side.left_out:
         return Q2_OK
-    # The last cluster may reach past the end of the disk: nothing is there to copy.
-    if side.guest_off >= end:
-        inside = 0
-    elif inside > end - side.guest_off:
-        inside = end - side.guest_off
-    if inside:
-        st = reads_as_zero(img, side.guest_off, inside, &zero)
-        if st != Q2_OK:
-            return st
+    st = look_at_side(img, side.guest_off, side.nbytes, &inside, &zero)
+    if st != Q2_OK:
+        return st
     if zero:
         side.left_out = fresh
         return Q2_OK
@@ -59,6 +66,18 @@ cdef int32_t add_side(iovec *iov, int32_t n, const q2_side *side) noexcept nogil
     iov[n].iov_base = side.scratch if side.scratch is not NULL else <void *>zeros()
     iov[n].iov_len = side.nbytes
     return n + 1
+
+
+cdef q2_status writes_alone(ImageState img, const q2_cow *cow, bint fresh,
+                            bint *alone) noexcept nogil:
+    cdef uint64_t inside = 0
+    cdef q2_status st = Q2_OK
+    alone[0] = (fresh and not is_encrypted(img)) or (cow.head_bytes == 0 and cow.tail_bytes == 0)
+    if alone[0] and cow.head_bytes:
+        st = look_at_side(img, cow.head_off, cow.head_bytes, &inside, alone)
+    if st == Q2_OK and alone[0] and cow.tail_bytes:
+        st = look_at_side(img, cow.tail_off, cow.tail_bytes, &inside, alone)
+    return st
 
 
 cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,

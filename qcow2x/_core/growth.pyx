@@ -16,11 +16,13 @@ from qcow2x._core.sync cimport *
 
 
 cdef q2_status make_reserve(ImageState img, uint64_t host_off, uint64_t nbytes,
-                            int32_t made) noexcept nogil:
-    """The range is inside the file and reads as zeros, in one of the ways of reserve.pxd. All but
-    RESERVE_WRITTEN are for clusters that lie past the end of the file."""
+                            int32_t made, bint fresh) noexcept nogil:
+    """The range is inside the file and reads as zeros, in one of the ways of reserve.pxd; `fresh`: it
+    did so before, or lay past the end."""
     cdef uint64_t n
     cdef q2_status st
+    if made != RESERVE_WRITTEN and not fresh:
+        return img.file.zero_range(Q2_SITE_PREALLOCATE, host_off, nbytes, 0)
     if made == RESERVE_SET_ASIDE:
         st = img.file.allocate(Q2_SITE_PREALLOCATE, host_off, nbytes)
         if st != Q2_E_UNSUPPORTED:
@@ -60,7 +62,7 @@ cdef q2_status fill_reserve(ImageState img) noexcept nogil:
             return Q2_E_IO
     if st != Q2_OK:
         return st
-    outcome = make_reserve(img, first << cbits, got << cbits, made if fresh else RESERVE_WRITTEN)
+    outcome = make_reserve(img, first << cbits, got << cbits, made, fresh)
     # Edge: refcounts and zeros of the reserve before any mapping to it. (GROWTH_TOGETHER: see write.link.)
     if outcome == Q2_OK and g.how == GROWTH_AHEAD and q2_keeps(Q2_EDGE_RESERVE_BEFORE_L2):
         outcome = flush_image(img)

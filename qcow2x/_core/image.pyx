@@ -25,6 +25,7 @@ from qcow2x._core.flush cimport (flush_closing, flush_if_metadata_changed, flush
 from qcow2x._core.geometry cimport l1_entries_for, set_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.manybuffers cimport ManyBuffers
+from qcow2x._core.manywrites cimport write_many
 from qcow2x._core.mapping cimport plan_range
 from qcow2x._core.metadata cimport load_slice, mark_corrupt
 from qcow2x._core.overlap cimport *
@@ -46,7 +47,7 @@ from qcow2x._core.sync cimport *
 from qcow2x._core.vmstate cimport load_vmstate, save_vmstate, vmstate_at
 from qcow2x._core.wire cimport (Q2_AUTOCLEAR_BITMAPS, Q2_AUTOCLEAR_RAW_DATA, Q2_HDR_AUTOCLEAR,
                                 Q2_MAX_L1_BYTES, q2_load_be64, q2_store_be64)
-from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest, write_many
+from qcow2x._core.write cimport allocate_guest, write_encoded, write_guest
 from qcow2x.errors import CorruptImage
 
 #: Default bound of the L2 cache in bytes: covers 256 GiB at 64 KiB clusters, as QEMU's does.
@@ -281,9 +282,9 @@ cdef class CoreImage(ImageState):
     def pwritev_many(self, requests, *, bint fua=False):
         """Serves many writes in one call: ``requests`` is a sequence of ``(data, offset)``.
 
-        Returns a list with the length of each. What is overwritten in the image's file is under way
-        together, by io_uring or, where the kernel does not let us, by threads; what allocates goes one
-        by one, and one flush makes all of that durable. Durable as :meth:`pwrite` says. Raises what that
+        Returns a list with the length of each. What lies in the image's file as it is, is under way
+        together, by io_uring or, where the kernel does not let us, by threads; one flush makes durable
+        what allocates, if it is to be. Durable as :meth:`pwrite` says. Raises what that
         raises, ValueError before anything is written; of other failures the first in their order, and
         what of the others was written is not said. The ranges must not overlap.
         """

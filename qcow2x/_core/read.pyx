@@ -223,7 +223,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
                 ext = &plan.extent[k]
                 if ext.kind == Q2_KIND_DATA and batch_takes(img, &batch, out, ext.nbytes,
                                                             ext.host_off):
-                    st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i)
+                    st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i, 0)
                 else:
                     st = read_extent(img, ext, out, epoch)
                 out += ext.nbytes

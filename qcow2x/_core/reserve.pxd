@@ -40,6 +40,12 @@ cdef enum:
     RESERVE_WRITTEN = 2     # zeros, so that a write changes nothing for its file system
 
 cdef enum:
+    # Bytes of a write up to which all it writes may be written twice, to save it the commit of the file
+    # system's journal.
+    WRITTEN_AT_MOST = 512 << 10
+    # Bytes of a reserve for larger ones, which is a hole and costs the host nothing: the two syncs of
+    # making one are spread over 32 writes of 1 MiB.
+    HOLE_BYTES = 32 << 20
     # Writes under way from which on they are many. Of these, durable ones in the page cache share each
     # commit of the file system's journal, and then the bytes are what counts (64 KiB sequential, 32 under
     # way: 1.1 times a raw file's time in holes, 1.9 with zeros; past the cache 1.1 and 0.4).
@@ -55,13 +61,13 @@ cdef void init_growth(ImageState img, int32_t how) noexcept nogil
 
 # meta, exclusive: host clusters for the n empty (or shared) guest clusters from first_cl on, whose L2
 # entries begin at `at`, with `room` entries to the end of the slice; nothing of the backing file shows
-# through before cluster clear_cl; `many`: this write is one of many under way;
-# `small`: it fills no cluster. *got of them begin at
+# through before cluster clear_cl; the write is of
+# nbytes, and `many`: one of many under way. *got of them begin at
 # *first, and the *ahead following ones are for the guest clusters behind. All read as zeros until they are
 # written to. Q2_MISS with MISSING_RESERVE: call
 # fill_reserve (growth.pxd) and plan again; with a slice: load it. Q2_BUSY: somebody fills it.
 cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint64_t room,
-                             const uint8_t *at, uint64_t clear_cl, bint many, bint small,
+                             const uint8_t *at, uint64_t clear_cl, bint many, uint64_t nbytes,
                              uint64_t *first, uint64_t *got, uint64_t *ahead,
                              uint64_t *miss) noexcept nogil
 

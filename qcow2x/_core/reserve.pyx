@@ -66,8 +66,10 @@ cdef void stream_moves(q2_growth *g, q2_stream *stream, uint64_t next_cl,
     stream.window = window
 
 
-cdef uint64_t next_window(ImageState img, uint64_t window) noexcept nogil:
-    cdef uint64_t most = clusters_in(img, MOST_BYTES)
+cdef uint64_t next_window(ImageState img, uint64_t window, bint large) noexcept nogil:
+    cdef uint64_t most = clusters_in(img, HOLE_BYTES if large else MOST_BYTES)
+    if large:
+        return most
     window = window * 2 if window else clusters_in(img, LEAST_BYTES)
     return window if window < most else most
 
@@ -184,33 +186,35 @@ cdef void note_ahead(ImageState img, uint64_t first_cl, uint64_t n, uint64_t fir
 
 # ---- The reserve --------------------------------------------------------------------------------
 
-cdef inline int32_t best_made(ImageState img, bint in_stream, bint many, bint small) noexcept nogil:
-    if img.growth.how == GROWTH_TOGETHER and not (in_stream and small):
+cdef inline int32_t best_made(ImageState img, bint in_stream, bint many,
+                              uint64_t nbytes) noexcept nogil:
+    if img.growth.how == GROWTH_TOGETHER and not (in_stream and nbytes < img.geo.cluster_size):
         return RESERVE_SET_ASIDE
-    if ((img.file.align > 1 or not many)
+    if ((img.file.align > 1 or not many) and nbytes <= WRITTEN_AT_MOST
             and (in_stream or img.geo.cluster_size <= WRITTEN_CLUSTER)):
         return RESERVE_WRITTEN
     return RESERVE_HOLE
 
 
 cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint64_t room,
-                             const uint8_t *at, uint64_t clear_cl, bint many, bint small,
+                             const uint8_t *at, uint64_t clear_cl, bint many, uint64_t nbytes,
                              uint64_t *first, uint64_t *got, uint64_t *ahead,
                              uint64_t *miss) noexcept nogil:
     cdef q2_growth *g = &img.growth
     cdef q2_stream *stream = stream_at(g, first_cl)
+    cdef bint large = nbytes > WRITTEN_AT_MOST
     cdef uint64_t window = 0, more = 0
     cdef q2_status st
     got[0] = ahead[0] = 0
     if stream is not NULL:
-        window = next_window(img, stream.window)
+        window = next_window(img, stream.window, large)
         more = linkable(img, first_cl + n, window if window < room - n else room - n,
                         at + (n << img.geo.l2_entry_bits), clear_cl)
     if g.n == 0:
         if g.filling:
             return Q2_BUSY
-        g.ask = n + more
-        g.ask_made = best_made(img, stream is not NULL, many, small)
+        g.ask = max(n + more, clusters_in(img, HOLE_BYTES) if large else 0)
+        g.ask_made = best_made(img, stream is not NULL, many, nbytes)
         miss[0] = MISSING_RESERVE
         return Q2_MISS
     if more and g.promised + 1 >= GROWTH_STREAMS:

@@ -10,10 +10,8 @@ from libc.stdint cimport int32_t
 from posix.uio cimport iovec
 
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
-from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes, q2_batch,
-                                 q2_wanted)
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
-from qcow2x._core.cow cimport q2_cow, write_with_cow
+from qcow2x._core.cow cimport write_with_cow
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
@@ -24,9 +22,9 @@ from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_tab
                                    entry_changed, entry_is_ours, find_entry, plan_range)
 from qcow2x._core.metadata cimport MISSING_REFTABLE, MISSING_RESERVE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
-from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO, q2_plan
+from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO
 from qcow2x._core.reserve cimport (GROWTH_AHEAD, GROWTH_TOGETHER, MANY_WRITERS, SEVERAL_WRITERS,
-                                   note_ahead, note_used, take_reserved)
+                                   WRITTEN_AT_MOST, note_ahead, note_used, take_reserved)
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
@@ -34,34 +32,6 @@ from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, q2_extent
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport Q2_BITMAP_ALL_ALLOC, Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
-
-cdef enum:
-    IN_PLACE = 0    # nothing to allocate: the caller goes the short way
-    KEEP = 1        # the host cluster is ours and stays; flags or subcluster bits change
-    RENEW = 2       # a new host cluster
-
-
-cdef enum:
-    # Bytes of a write that takes its clusters from the reserve: larger ones would have all they write
-    # written twice, to save two syncs.
-    GROWS_AT_MOST = 512 << 10
-
-
-cdef struct q2_write:
-    q2_inflight owned
-    uint8_t what            # IN_PLACE, KEEP or RENEW
-    bint fresh              # the host clusters read as zeros until written
-    bint grows              # the host clusters may come from the reserve (growth.pxd)
-    bint many               # one of many writes under way
-    bint over_zeros         # the guest clusters read as zeros before, and the host's do until written
-    uint64_t ahead          # of the owned clusters, the last so many are linked ahead
-    uint64_t clear_cl       # where `grows`: nothing of the backing file shows through before it
-    bint flag_zeros         # what is mapped reads as zeros by its entry, whatever the host holds
-    uint64_t host_off       # of the first owned cluster
-    uint64_t data_off       # guest
-    uint64_t data_bytes
-    q2_cow cow
-
 
 cdef uint8_t classify(ImageState img, uint64_t guest_cl, q2_l2e e, uint64_t guest_off,
                       uint64_t end) noexcept nogil:
@@ -213,7 +183,7 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     elif w.what == RENEW:
         if w.grows:
             st = take_reserved(img, first_cl, n, room, at, w.clear_cl, w.many,
-                               nbytes < img.geo.cluster_size, &first_host, &got, &w.ahead, miss)
+                               nbytes, &first_host, &got, &w.ahead, miss)
             w.fresh = True
             w.over_zeros = (img.growth.how == GROWTH_AHEAD and st == Q2_OK
                             and read_as_zeros(img, at, first_cl, got, w.clear_cl))
@@ -342,7 +312,7 @@ cdef q2_status finish(ImageState img, q2_write *w, q2_status outcome) noexcept n
             return outcome if outcome != Q2_OK else st
 
 
-cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
+cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes, bint wait,
                            q2_write *w) noexcept nogil:
     cdef uint64_t miss = 0, turn = 0
     cdef q2_status st
@@ -350,10 +320,10 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
     while True:
         pthread_rwlock_wrlock(&img.meta)
         st = plan_write(img, guest_off, nbytes, w, &miss)
-        if st == Q2_BUSY:
+        if st == Q2_BUSY and wait:
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
-        if st == Q2_BUSY:
+        if st == Q2_BUSY and wait:
             room_wait(img, turn)
         elif st == Q2_MISS and miss == MISSING_RESERVE:
             # Where there is no room for a reserve there may still be some for this write.
@@ -366,27 +336,34 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes,
             return st
 
 
-cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
-                                uint64_t guest_off, uint64_t at_once, uint64_t *done) noexcept nogil:
-    """`at_once`: as many writes are under way as this one's caller knows of."""
-    cdef q2_write w
+cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nbytes,
+                                uint64_t at_once, bint wait, q2_write *w) noexcept nogil:
     cdef uint64_t writers = max(at_once, q2_load(&img.writers))
-    cdef q2_status st
     w.many = writers >= MANY_WRITERS
-    # A large write spreads the syncs of its metadata over many clusters by itself.
-    w.grows = nbytes <= GROWS_AT_MOST and (
-        img.growth.how == GROWTH_AHEAD
-        or (img.growth.how == GROWTH_TOGETHER and writers >= SEVERAL_WRITERS))
-    st = begin_write(img, guest_off, nbytes, &w)
-    done[0] = 0
-    if st != Q2_OK or w.what == IN_PLACE:
-        return st
-    st = write_with_cow(
+    w.grows = ((img.growth.how == GROWTH_AHEAD
+                and (nbytes <= WRITTEN_AT_MOST or not img.file.fixed_size))
+               or (img.growth.how == GROWTH_TOGETHER and writers >= SEVERAL_WRITERS
+                   and nbytes <= WRITTEN_AT_MOST))
+    return begin_write(img, guest_off, nbytes, wait, w)
+
+
+cdef q2_status end_allocating(ImageState img, q2_write *w, const uint8_t *data,
+                              uint64_t *done) noexcept nogil:
+    cdef q2_status st = write_with_cow(
         img, &w.cow, data, w.data_bytes,
         w.host_off + (w.cow.head_off - (w.owned.first_cl << img.geo.cluster_bits)), w.fresh)
-    st = finish(img, &w, st)
-    if st == Q2_OK:
-        done[0] = w.data_bytes
+    st = finish(img, w, st)
+    done[0] = w.data_bytes if st == Q2_OK else 0
+    return st
+
+
+cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
+                                uint64_t guest_off, uint64_t *done) noexcept nogil:
+    cdef q2_write w
+    cdef q2_status st = begin_allocating(img, guest_off, nbytes, 1, True, &w)
+    done[0] = 0
+    if st == Q2_OK and w.what != IN_PLACE:
+        st = end_allocating(img, &w, data, done)
     return st
 
 
@@ -494,7 +471,7 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
     while left and st == Q2_OK:
         st = write_in_place(img, data, left, guest_off, flags, alone, &entered, &parity, &done)
         if st == Q2_OK and done == 0:
-            st = write_allocating(img, data, left, guest_off, 1, &done)
+            st = write_allocating(img, data, left, guest_off, &done)
         # What was left to the other, and by that as well: no table, or no longer kept.
         alone = done == 0
         data += done
@@ -504,74 +481,6 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         # Also after a failure: any part may have been written.
         note_change(img, start, nbytes)
         leave_write(img, parity)
-    if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
-        st = flush_if_metadata_changed(img)
-    flush_if_much_freed(img)
-    return st
-
-
-cdef q2_status collect_in_place(ImageState img, q2_batch *batch, size_t request, const uint8_t *data,
-                                uint64_t nbytes, uint64_t guest_off, bint alone, bint *entered,
-                                uint32_t *parity, uint64_t *done) noexcept nogil:
-    """As write_in_place, but what can go along with others waits in the batch."""
-    cdef q2_plan plan
-    cdef const q2_extent *ext
-    cdef int32_t leading = 0, i
-    cdef q2_status st = plan_in_place(img, guest_off, nbytes, alone, entered, parity, &plan, &leading)
-    done[0] = 0
-    for i in range(leading):
-        ext = &plan.extent[i]
-        if st != Q2_OK:
-            break
-        if batch_takes(img, batch, data + done[0], ext.nbytes, ext.host_off):
-            st = batch_add(img, batch, data + done[0], ext.nbytes, ext.host_off, request)
-        else:
-            st = write_extent(img, ext, data + done[0], batch.flags)
-        done[0] += ext.nbytes
-    return st
-
-
-cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
-                          bint fua) noexcept nogil:
-    cdef q2_batch batch
-    cdef const uint8_t *data
-    cdef bint durable = fua or img.durable
-    cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
-    cdef uint64_t left, guest_off, done
-    cdef uint32_t parity = 0
-    cdef bint entered = False, alone
-    cdef size_t i = 0, k
-    cdef q2_status st = may_write(img)
-    if n == 1:
-        return write_guest(img, wanted.buf, wanted.nbytes, wanted.guest_off, fua)
-    # What waits in the batch has been planned in this image's present epoch (`parity`): whoever frees
-    # those clusters meanwhile may not have them used again before all of this has left.
-    batch_begin(img, &batch, n, True, flags)
-    while i < n and st == Q2_OK:
-        data = <const uint8_t *>wanted[i].buf
-        left = wanted[i].nbytes
-        guest_off = wanted[i].guest_off
-        alone = False
-        while left and st == Q2_OK:
-            st = collect_in_place(img, &batch, i, data, left, guest_off, alone, &entered, &parity,
-                                  &done)
-            if st == Q2_OK and done == 0:
-                st = write_allocating(img, data, left, guest_off, n, &done)
-            alone = done == 0
-            data += done
-            guest_off += done
-            left -= done
-        if st == Q2_OK:
-            i += 1
-    st = batch_end(img, &batch, st, i)
-    if entered:
-        # Also after a failure: any part may have been written.
-        for k in range(n):
-            if wanted[k].nbytes:
-                note_change(img, wanted[k].guest_off, wanted[k].nbytes)
-        leave_write(img, parity)
-    # One flush for all that was allocated. What went in place is durable by itself: 32 writes of 4 KiB
-    # under way together took a third of the time of 32 plain ones and a sync.
     if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)
@@ -594,7 +503,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
         return st
     w.grows = w.many = False
     while guest_off < end and st == Q2_OK:
-        st = begin_write(img, guest_off, end - guest_off, &w)
+        st = begin_write(img, guest_off, end - guest_off, True, &w)
         if st != Q2_OK:
             break
         if w.what == IN_PLACE:
