@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from qcow2x._core.status cimport q2_status
+from qcow2x._core.sync cimport q2_load
 
 cdef enum:
     CHAIN_BLOCK_BITS = 16       # what one entry speaks for
@@ -19,5 +20,9 @@ cdef q2_status chain_init(q2_chain *c, void **layer, uint32_t n, uint64_t disk_s
 cdef void chain_free(q2_chain *c) noexcept nogil
 
 # Whether it is known how many layers hold nothing of this block; if so, passed is their number.
-cdef bint chain_known(const q2_chain *c, uint64_t block, uint32_t *passed) noexcept nogil
+cdef inline bint chain_known(const q2_chain *c, uint64_t block, uint32_t *passed) noexcept nogil:
+    cdef uint64_t entry = q2_load(&c.slot[block & c.mask])
+    passed[0] = <uint32_t>(entry & 0xffff)
+    return entry >> 16 == block + 1
+
 cdef void chain_learn(q2_chain *c, uint64_t block, uint32_t passed) noexcept nogil

@@ -4,7 +4,7 @@ from libc.stdlib cimport calloc, free
 
 from qcow2x._core.errors cimport fail
 from qcow2x._core.status cimport *
-from qcow2x._core.sync cimport q2_load, q2_store
+from qcow2x._core.sync cimport q2_store
 
 cdef enum:
     MAX_SLOTS = 1 << 20
@@ -34,12 +34,6 @@ cdef void chain_free(q2_chain *c) noexcept nogil:
     free(c.slot)
     c.layer = NULL
     c.slot = NULL
-
-
-cdef bint chain_known(const q2_chain *c, uint64_t block, uint32_t *passed) noexcept nogil:
-    cdef uint64_t entry = q2_load(&c.slot[block & c.mask])
-    passed[0] = <uint32_t>(entry & 0xffff)
-    return entry >> 16 == block + 1
 
 
 cdef void chain_learn(q2_chain *c, uint64_t block, uint32_t passed) noexcept nogil:

@@ -145,21 +145,26 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
     plan.n = 0
     plan.nbytes = 0
     guest_cl = pos >> img.geo.cluster_bits
-    # Most requests lie in one cluster that is simply there, and are half as long under way by this.
+    # Most requests lie in one cluster that is simply there, or simply not, and are half as long under way
+    # by this.
     if img.geo.subclusters == 1 and (end - 1) >> img.geo.cluster_bits == guest_cl:
         st = find_entry(img, guest_cl, &slot, &at, &entries_left, miss)
         if st != Q2_OK:
             return st
+        e.entry = e.bitmap = 0
         if slot is not NULL:
             e = load_l2e(&img.geo, at)
-            host_off = host_cluster(e)
-            if e.entry & (Q2_OFLAG_COMPRESSED | Q2_OFLAG_ZERO) == 0 and host_off:
-                st = check_host_cluster(img, host_off, pos)
-                if st == Q2_OK:
-                    append(plan, for_write, Q2_KIND_DATA, pos, nbytes,
-                           host_off + (pos & (img.geo.cluster_size - 1)), 0,
-                           entry_is_ours(img, guest_cl, e))
-                return st
+        if e.entry == 0:
+            append(plan, for_write, Q2_KIND_UNALLOCATED, pos, nbytes, 0, 0, False)
+            return Q2_OK
+        host_off = host_cluster(e)
+        if e.entry & (Q2_OFLAG_COMPRESSED | Q2_OFLAG_ZERO) == 0 and host_off:
+            st = check_host_cluster(img, host_off, pos)
+            if st == Q2_OK:
+                append(plan, for_write, Q2_KIND_DATA, pos, nbytes,
+                       host_off + (pos & (img.geo.cluster_size - 1)), 0,
+                       entry_is_ours(img, guest_cl, e))
+            return st
     while pos < end:
         guest_cl = pos >> img.geo.cluster_bits
         st = find_entry(img, guest_cl, &slot, &at, &entries_left, miss)

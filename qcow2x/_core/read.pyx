@@ -72,15 +72,17 @@ cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *bu
     return st
 
 
-cdef uint32_t layers_to_pass(ImageState img, uint64_t block) noexcept nogil:
+cdef inline uint32_t layers_to_pass(ImageState img, uint64_t block) noexcept nogil:
     """How many layers below the image hold nothing of a block, and show what is below them."""
+    cdef uint32_t passed = 0
+    return passed if chain_known(&img.below, block, &passed) else count_layers(img, block)
+
+
+cdef uint32_t count_layers(ImageState img, uint64_t block) noexcept nogil:
     cdef uint64_t start = block << CHAIN_BLOCK_BITS
     cdef uint64_t nbytes = <uint64_t>1 << CHAIN_BLOCK_BITS
     cdef uint32_t passed = 0
     cdef q2_extent ext
-    if chain_known(&img.below, block, &passed):
-        return passed
-    passed = 0
     # The last one is always asked.
     while passed + 1 < img.below.n:
         # Past its end a layer reads as zeros, whatever is below it.
