@@ -10,6 +10,10 @@ from libc.stdint cimport int64_t, uint64_t
 from qcow2x._core.state cimport ImageState, q2_runs
 from qcow2x._core.status cimport q2_status
 
+# alloc_clusters never hands out more in one go: it stays inside one slice.
+cdef inline uint64_t clusters_per_slice(ImageState img) noexcept nogil:
+    return <uint64_t>1 << (img.geo.slice_bits + 3 - img.geo.refcount_order)
+
 # The first free run at or after the hint, at most `want` clusters of it, refcounts raised to 1.
 # *first is a cluster index, *got >= 1 how many. *fresh: they lie past the file's end, so that they
 # read as zeros until written.

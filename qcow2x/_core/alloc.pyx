@@ -61,10 +61,6 @@ cdef inline void put(ImageState img, q2_slot *slot, uint64_t index, uint64_t n,
     q2_add(&img.meta_seq, 1)
 
 
-cdef inline uint64_t clusters_per_slice(ImageState img) noexcept nogil:
-    return <uint64_t>1 << (img.geo.slice_bits + 3 - img.geo.refcount_order)
-
-
 # The refcount block of `cluster` is only that, so its slices may be changed.
 cdef inline q2_status guard_refblock_of(ImageState img, uint64_t cluster) noexcept nogil:
     return guard_table_write(img, HOLDS_REFBLOCK,

@@ -9,7 +9,7 @@ Between plan and end it owns its guest clusters; who would change their mapping 
 from libc.stdint cimport int32_t
 from posix.uio cimport iovec
 
-from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, release_unlinked
+from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, clusters_per_slice, release_unlinked
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
 from qcow2x._core.cow cimport write_with_cow
 from qcow2x._core.edges cimport *
@@ -23,8 +23,8 @@ from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_tab
 from qcow2x._core.metadata cimport MISSING_REFTABLE, MISSING_RESERVE, load_slice
 from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO
-from qcow2x._core.reserve cimport (GROWTH_AHEAD, GROWTH_TOGETHER, MANY_WRITERS, SEVERAL_WRITERS,
-                                   WRITTEN_AT_MOST, note_ahead, note_used, take_reserved)
+from qcow2x._core.reserve cimport (GROWTH_AHEAD, GROWTH_TOGETHER, HOLE_BYTES, MANY_WRITERS,
+                                   SEVERAL_WRITERS, WRITTEN_AT_MOST, note_ahead, note_used, take_reserved)
 from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
@@ -336,12 +336,18 @@ cdef q2_status begin_write(ImageState img, uint64_t guest_off, uint64_t nbytes, 
             return st
 
 
+cdef inline bint hole_lasts(ImageState img) noexcept nogil:
+    # A hole costs two syncs, which is nothing over 32 MiB; of 512-byte clusters one fill gets 128 KiB.
+    return (not img.file.fixed_size
+            and clusters_per_slice(img) << img.geo.cluster_bits >= HOLE_BYTES)
+
+
 cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nbytes,
                                 uint64_t at_once, bint wait, q2_write *w) noexcept nogil:
     cdef uint64_t writers = max(at_once, q2_load(&img.writers))
     w.many = writers >= MANY_WRITERS
     w.grows = ((img.growth.how == GROWTH_AHEAD
-                and (nbytes <= WRITTEN_AT_MOST or not img.file.fixed_size))
+                and (nbytes <= WRITTEN_AT_MOST or hole_lasts(img)))
                or (img.growth.how == GROWTH_TOGETHER and writers >= SEVERAL_WRITERS
                    and nbytes <= WRITTEN_AT_MOST))
     return begin_write(img, guest_off, nbytes, wait, w)
