@@ -80,7 +80,7 @@ def open(
     host's page cache), ``writethrough`` and ``directsync`` (durable at return, the latter past the
     page cache), ``unsafe`` (flush is ignored: only to build what is synced otherwise).
     ``l2_cache_size`` bounds the mapping cache in bytes (default 32 MiB: 256 GiB at 64 KiB
-    clusters).
+    clusters whatever lies where; sixteen times as much, 4 TiB, of a disk that was filled in order).
 
     ``overlap_check`` says which tables of the image are guarded against writes that a damaged entry
     leads to them: ``none``, ``constant`` (header, L1, refcount and snapshot table), ``cached`` (and L2

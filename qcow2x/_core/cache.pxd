@@ -5,6 +5,7 @@
 # lock. What a dirty slice has to wait for is kept beside it as edges (see `after`).
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
+from qcow2x._core.condensed cimport q2_condensed
 from qcow2x._core.status cimport q2_status
 
 cdef enum:
@@ -49,6 +50,16 @@ cdef struct q2_cache:
     uint32_t n_dirty
     uint64_t n_loads       # reads of the file, of one slice or of several
     uint64_t n_evictions
+    uint64_t n_dirtied     # slices that became dirty
+    q2_condensed condensed # those that were forgotten, if they are few words; L2 tables only
+
+cdef enum:
+    # Enough for every slice that one request pins while it plans, many threads at once; a bound
+    # below this would trade memory (64 * 4 KiB) for livelock.
+    MIN_SLOTS = 64
+
+cdef inline uint64_t least_bytes(uint32_t slice_bits) noexcept nogil:
+    return <uint64_t>MIN_SLOTS << slice_bits
 
 cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,
                           uint64_t max_bytes) noexcept nogil
@@ -58,7 +69,7 @@ cdef void cache_free(q2_cache *c) noexcept nogil
 cdef q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil
 
 # Exclusive lock. Q2_OK: *out is a slot in SLOT_LOADING for the caller to fill and finish (or, with
-# *already set, one that is valid). Q2_BUSY: another thread loads it. Q2_FULL: write back first.
+# *already set, one that is valid, be it made of its record). Q2_BUSY: another thread loads it. Q2_FULL: write back first.
 cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
                                 bint *already) noexcept nogil
 # Exclusive lock. What may be read together with `slot`, which is being loaded: absent slices next to
@@ -69,6 +80,10 @@ cdef uint32_t cache_widen_load(q2_cache *c, q2_slot *slot, uint64_t window,
                                q2_slot **together) noexcept nogil
 # Exclusive lock. A load that failed forgets the slice.
 cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil
+
+# Exclusive lock. `slice` is what the file had at `key` when c.n_dirtied was what it is now, and since
+# then the table was not dropped: a record of it, if it is not cached.
+cdef void cache_note_absent(q2_cache *c, uint64_t key, const uint8_t *slice) noexcept nogil
 
 # Exclusive lock. Bytes [first, first + nbytes) of the slice were changed.
 cdef void cache_dirty(q2_cache *c, q2_slot *slot, uint32_t first, uint32_t nbytes) noexcept nogil

@@ -4,15 +4,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 
+from qcow2x._core.condensed cimport (condensed_forget, condensed_forget_all, condensed_free,
+                                     condensed_note, condensed_slice)
 from qcow2x._core.errors cimport fail
 from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport q2_store, q2_store32, q2_touch
-
-cdef enum:
-    # Enough for every slice that one request pins while it plans, many threads at once; a bound
-    # below this would trade memory (64 * 4 KiB) for livelock.
-    MIN_SLOTS = 64
-
 
 cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,
                           uint64_t max_bytes) noexcept nogil:
@@ -43,6 +39,7 @@ cdef void cache_free(q2_cache *c) noexcept nogil:
     if c.slots is not NULL:
         for i in range(c.n_slots):
             free(c.slots[i].data)
+    condensed_free(&c.condensed)
     free(c.slots)
     free(c.buckets)
     c.slots = NULL
@@ -121,6 +118,7 @@ cdef q2_slot *take_slot(q2_cache *c) noexcept nogil:
         if slot.used:
             slot.used = 0
             continue
+        condensed_note(&c.condensed, slot.key, slot.data)
         forget(c, slot)
         q2_store(&c.n_evictions, c.n_evictions + 1)
         return slot
@@ -152,6 +150,11 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
         return Q2_FULL
     enter(c, slot, key)
     slot.used = 1
+    if condensed_slice(&c.condensed, key, slot.data):
+        slot.state = SLOT_VALID
+        out[0] = slot
+        already[0] = True
+        return Q2_OK
     q2_store(&c.n_loads, c.n_loads + 1)
     out[0] = slot
     return Q2_OK
@@ -209,11 +212,17 @@ cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil
         forget(c, slot)
 
 
+cdef void cache_note_absent(q2_cache *c, uint64_t key, const uint8_t *slice) noexcept nogil:
+    if find(c, key) is NULL:
+        condensed_note(&c.condensed, key, slice)
+
+
 cdef void cache_dirty(q2_cache *c, q2_slot *slot, uint32_t first, uint32_t nbytes) noexcept nogil:
     cdef uint32_t low = first >> 9
     cdef uint32_t high = (first + nbytes - 1) >> 9
     if not slot.dirty:
         q2_store32(&c.n_dirty, c.n_dirty + 1)
+        c.n_dirtied += 1
     slot.dirty |= <uint8_t>(((2 << high) - 1) & ~((1 << low) - 1))
 
 
@@ -237,6 +246,7 @@ cdef void cache_drop(q2_cache *c, uint64_t key, uint64_t nbytes) noexcept nogil:
             forget(c, slot)
         elif slot is not NULL:
             slot.stale = 1
+        condensed_forget(&c.condensed, at)
         at += <uint64_t>1 << c.slice_bits
 
 
@@ -247,3 +257,4 @@ cdef void cache_forget_all(q2_cache *c) noexcept nogil:
             forget(c, &c.slots[i])
         elif c.slots[i].state == SLOT_LOADING:
             c.slots[i].stale = 1
+    condensed_forget_all(&c.condensed)

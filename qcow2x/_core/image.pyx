@@ -10,7 +10,8 @@ from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 from posix.uio cimport iovec
 
-from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init
+from qcow2x._core.cache cimport RANK_L2, RANK_REFBLOCK, cache_forget_all, cache_init, least_bytes
+from qcow2x._core.condensed cimport condensed_bytes, condensed_init
 from qcow2x._core.bitmapdir cimport Marks
 from qcow2x._core.chain cimport chain_init
 from qcow2x._core.codec cimport CODEC_LEVEL_DEFAULT, encode_cluster
@@ -163,13 +164,22 @@ cdef class CoreImage(ImageState):
         # No larger than all there is to cache.
         cdef uint64_t all_l2 = <uint64_t>self.l1_size << self.geo.cluster_bits
         cdef uint64_t refcount_bytes
+        cdef uint64_t condensed = 0
         if l2_bytes > all_l2 and self.l1_size and self.read_only:
             l2_bytes = all_l2
         # A refcount slice speaks for at least as many clusters as an L2 slice of 8-byte entries
         # does in all common widths, and allocation is local: a quarter is plenty.
         # But those of the longest L1 table (32 MiB in 512-byte clusters, 64-bit refcounts) must fit.
         refcount_bytes = max(l2_bytes // 4, <uint64_t>1 << 20)
-        check_status(cache_init(&self.l2, RANK_L2, self.geo.slice_bits, l2_bytes), self.name)
+        if l2_bytes < all_l2:
+            # 16 bytes for a slice of 4 KiB, and as much air: records of sixteen times what all of the
+            # cache could hold. 8 MiB serve a disk of 1 TiB that was filled in order.
+            condensed = max(l2_bytes, least_bytes(self.geo.slice_bits)) // 8
+        check_status(cache_init(&self.l2, RANK_L2, self.geo.slice_bits,
+                                l2_bytes - min(condensed, l2_bytes)), self.name)
+        if condensed:
+            check_status(condensed_init(&self.l2.condensed, condensed, self.geo.slice_bits,
+                                        self.geo.l2_entry_bits, self.geo.cluster_bits), self.name)
         check_status(cache_init(&self.refblocks, RANK_REFBLOCK, self.geo.slice_bits,
                                 refcount_bytes), self.name)
 
@@ -913,9 +923,10 @@ cdef class CoreImage(ImageState):
 
     def _counters(self):
         """The figures behind Image.stats(), in the order of qcow2x.types.Stats."""
+        cdef uint64_t condensed = condensed_bytes(&self.l2.condensed)
         return (
-            <uint64_t>q2_load32(&self.l2.n_slots) << self.l2.slice_bits,
-            <uint64_t>self.l2.max_slots << self.l2.slice_bits,
+            condensed + (<uint64_t>q2_load32(&self.l2.n_slots) << self.l2.slice_bits),
+            condensed + (<uint64_t>self.l2.max_slots << self.l2.slice_bits),
             <uint64_t>q2_load32(&self.refblocks.n_slots) << self.refblocks.slice_bits,
             <uint64_t>self.refblocks.max_slots << self.refblocks.slice_bits,
             q2_load(&self.l2.n_loads), q2_load(&self.l2.n_evictions),

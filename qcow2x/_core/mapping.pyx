@@ -6,6 +6,7 @@ from libc.string cimport memcpy
 from qcow2x._core.alloc cimport alloc_clusters, release_unlinked, write_refcount
 from qcow2x._core.cache cimport (RANK_REFBLOCK, cache_after, cache_begin_load, cache_dirty,
                                  cache_drop, cache_end_load, cache_get, q2_cache)
+from qcow2x._core.condensed cimport condensed_entry
 from qcow2x._core.errors cimport fail, fail_entry
 from qcow2x._core.geometry cimport l1_index, l2_index
 from qcow2x._core.l2table cimport *
@@ -85,6 +86,11 @@ cdef q2_status l2_table_offset(ImageState img, uint64_t l1_idx, uint64_t *l2_off
     return Q2_OK
 
 
+cdef inline uint64_t index_in_slice(ImageState img, uint64_t guest_off) noexcept nogil:
+    return l2_index(&img.geo, guest_off) & (
+        (<uint64_t>1 << (img.geo.slice_bits - img.geo.l2_entry_bits)) - 1)
+
+
 cdef q2_status find_entry(ImageState img, uint64_t guest_cl, q2_slot **slot, uint8_t **at,
                           uint64_t *entries_left, uint64_t *miss) noexcept nogil:
     cdef uint64_t guest_off = guest_cl << img.geo.cluster_bits
@@ -149,11 +155,13 @@ cdef q2_status plan_range(ImageState img, uint64_t guest_off, uint64_t nbytes, b
     # by this.
     if img.geo.subclusters == 1 and (end - 1) >> img.geo.cluster_bits == guest_cl:
         st = find_entry(img, guest_cl, &slot, &at, &entries_left, miss)
-        if st != Q2_OK:
-            return st
         e.entry = e.bitmap = 0
-        if slot is not NULL:
-            e = load_l2e(&img.geo, at)
+        if st == Q2_OK:
+            if slot is not NULL:
+                e = load_l2e(&img.geo, at)
+        elif st != Q2_MISS or not condensed_entry(&img.l2.condensed, miss[0],
+                                                  index_in_slice(img, pos), &e.entry):
+            return st
         if e.entry == 0:
             append(plan, for_write, Q2_KIND_UNALLOCATED, pos, nbytes, 0, 0, False)
             return Q2_OK

@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
 from qcow2x._core.cache cimport (MOST_TOGETHER, SLOT_VALID, cache_begin_load, cache_end_load,
-                                 cache_widen_load, q2_cache, q2_slot)
+                                 cache_note_absent, cache_widen_load, q2_cache, q2_slot)
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
 from qcow2x._core.overlap cimport guard_refblocks
@@ -135,6 +135,29 @@ cdef q2_status read_slices(ImageState img, int32_t site, q2_cache *cache, q2_slo
     return st
 
 
+cdef q2_status read_around(ImageState img, q2_cache *cache, q2_slot *slot, uint8_t *buffer,
+                           uint64_t first, uint64_t nbytes) noexcept nogil:
+    """Fills the slot out of a read of what lies around it, too."""
+    cdef q2_status st = refuse_past_end(img, Q2_SITE_L2_LOAD, first, nbytes)
+    if st == Q2_OK:
+        st = img.file.read_at(Q2_SITE_L2_LOAD, buffer, nbytes, first)
+    if st == Q2_OK:
+        memcpy(slot.data, buffer + (slot.key - first), <size_t>1 << cache.slice_bits)
+    return st
+
+
+cdef void note_around(q2_cache *cache, q2_slot *slot, const uint8_t *buffer, uint64_t first,
+                      uint64_t nbytes, uint64_t n_dirtied) noexcept nogil:
+    """meta, exclusive. Nothing of the table was changed since the read began if no slice became dirty; if
+    the table is another by now, `slot` has gone stale."""
+    cdef uint64_t at = 0
+    if slot.stale or cache.n_dirtied != n_dirtied:
+        return
+    while at < nbytes:
+        cache_note_absent(cache, first + at, buffer + at)
+        at += <uint64_t>1 << cache.slice_bits
+
+
 cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nogil:
     cdef int32_t site = Q2_SITE_REFBLOCK_LOAD if miss & 1 else Q2_SITE_L2_LOAD
     cdef q2_cache *cache = &img.refblocks if miss & 1 else &img.l2
@@ -143,7 +166,9 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
     cdef q2_slot *together[MOST_TOGETHER]
     cdef uint32_t n = 1, i
     cdef bint already
-    cdef uint64_t turn
+    cdef uint64_t turn, n_dirtied = 0
+    cdef uint64_t window = min(img.geo.cluster_size, <uint64_t>MOST_TOGETHER << cache.slice_bits)
+    cdef void *around = NULL
     cdef q2_status st
     if miss == MISSING_REFTABLE:
         return load_reftable(img)
@@ -164,12 +189,23 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
         # sites is asked for what is needed and nothing else.
         if cache is &img.l2 and not img.file.listens:
             n = cache_widen_load(cache, slot, img.geo.cluster_size, together)
+            # Without memory for its neighbours there may be some for what little they say.
+            n_dirtied = cache.n_dirtied
+            if n == 1 and cache.condensed.worthwhile and window >> cache.slice_bits > 1:
+                if posix_memalign(&around, 4096, window) != 0:
+                    around = NULL
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_FULL:
         return write_back_locked(img, False) if committing else write_back(img)
     if st != Q2_OK or already:
         return st
-    st = read_slices(img, site, cache, together, n)
+    if around is not NULL:
+        st = read_around(img, cache, slot, <uint8_t *>around, key & ~(window - 1), window)
+        if st != Q2_OK:
+            free(around)
+            around = NULL
+    if around is NULL:
+        st = read_slices(img, site, cache, together, n)
     if st != Q2_OK and n > 1:
         # It may be a neighbour that cannot be read.
         pthread_rwlock_wrlock(&img.meta)
@@ -181,9 +217,12 @@ cdef q2_status load(ImageState img, uint64_t miss, bint committing) noexcept nog
         together[0] = slot
         st = read_slices(img, site, cache, together, 1)
     pthread_rwlock_wrlock(&img.meta)
+    if around is not NULL:
+        note_around(cache, slot, <uint8_t *>around, key & ~(window - 1), window, n_dirtied)
     for i in range(n):
         cache_end_load(cache, together[i], st == Q2_OK)
     pthread_rwlock_unlock(&img.meta)
+    free(around)
     room_wake(img)
     return st
 

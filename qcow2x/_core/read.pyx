@@ -1,76 +1,22 @@
 # cython: language_level=3
 """Guest reads: plan under the shared lock, then do what the plan says without it."""
 from libc.stdint cimport int32_t, uint8_t, uint32_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes, q2_batch,
                                  q2_wanted)
 from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
-from qcow2x._core.codec cimport decode_cluster
-from qcow2x._core.decoded cimport decoded_copy, decoded_keep, decoded_lend
+from qcow2x._core.compressed cimport read_compressed
 from qcow2x._core.errors cimport fail
 from qcow2x._core.mapping cimport plan_range
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
                                 Q2_KIND_ZERO, q2_plan)
-from qcow2x._core.scratch cimport scratch_give, scratch_take
 from qcow2x._core.sectors cimport read_encrypted
 from qcow2x._core.state cimport enter_request, has_backing, is_encrypted, leave_request
 from qcow2x._core.status cimport *
 from qcow2x._core.storage cimport Storage
 from qcow2x._core.sync cimport *
-
-cdef q2_status decode_from_file(ImageState img, const q2_extent *ext,
-                                uint8_t *decoded) noexcept nogil:
-    cdef size_t room = ext.comp_bytes
-    cdef uint8_t *stream = <uint8_t *>scratch_take(room)
-    cdef q2_status st
-    if stream is NULL:
-        return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_READ, ext.host_off, b"out of memory")
-    st = img.file.read_at(Q2_SITE_COMPRESSED_READ, stream, room, ext.host_off)
-    if st == Q2_OK:
-        st = decode_cluster(img.header.fields.compression_type, stream, room, decoded,
-                            img.geo.cluster_size)
-        if st == Q2_E_CODEC:
-            fail(Q2_E_CODEC, Q2_SITE_COMPRESSED_READ, ext.host_off,
-                 b"compressed cluster does not decode to a full cluster")
-    scratch_give(stream, room)
-    return st
-
-
-cdef q2_status read_compressed(ImageState img, const q2_extent *ext, uint8_t *buf,
-                               uint64_t epoch) noexcept nogil:
-    """Decodes the cluster of `ext` into buf, straight when all of it is wanted; else by way of the
-    clusters that were decoded last, unless somebody counts reads. `epoch` is the image's from before
-    the plan."""
-    cdef size_t size = img.geo.cluster_size
-    cdef size_t skip = ext.guest_off & (size - 1)
-    cdef uint32_t slot = 0
-    cdef uint8_t *cluster = NULL
-    cdef bint kept
-    cdef q2_status st
-    if ext.nbytes == size:
-        return decode_from_file(img, ext, buf)
-    if not img.file.listens:
-        if decoded_copy(&img.decoded, ext.host_off, ext.comp_bytes, q2_load(&img.epoch), skip,
-                        ext.nbytes, buf):
-            return Q2_OK
-        cluster = decoded_lend(&img.decoded, size, &slot)
-    kept = cluster is not NULL
-    if not kept:
-        cluster = <uint8_t *>scratch_take(size)
-    if cluster is NULL:
-        return fail(Q2_E_NOMEM, Q2_SITE_COMPRESSED_READ, ext.host_off, b"out of memory")
-    st = decode_from_file(img, ext, cluster)
-    if st == Q2_OK:
-        memcpy(buf, cluster + skip, ext.nbytes)
-    if kept:
-        decoded_keep(&img.decoded, slot, cluster, ext.host_off,
-                     ext.comp_bytes if st == Q2_OK else 0, epoch)
-    else:
-        scratch_give(cluster, size)
-    return st
-
 
 cdef inline uint32_t layers_to_pass(ImageState img, uint64_t block) noexcept nogil:
     """How many layers below the image hold nothing of a block, and show what is below them."""
@@ -132,13 +78,33 @@ cdef q2_status read_extent(ImageState img, const q2_extent *ext, uint8_t *buf,
             img.file.reach(Q2_SITE_DATA_READ)
         return img.data.read_at(Q2_SITE_DATA_READ, buf, ext.nbytes, ext.host_off)
     if ext.kind == Q2_KIND_COMPRESSED:
-        return read_compressed(img, ext, buf, epoch)
+        return read_compressed(img, ext, 1, buf, epoch)
     if ext.kind == Q2_KIND_UNALLOCATED and has_backing(img):
         if img.file.listens:
             img.file.reach(Q2_SITE_BACKING_READ)
         return read_below(img, buf, ext.nbytes, ext.guest_off)
     memset(buf, 0, ext.nbytes)
     return Q2_OK
+
+
+cdef q2_status read_plan(ImageState img, const q2_plan *plan, uint8_t *out,
+                         uint64_t epoch) noexcept nogil:
+    cdef int32_t i = 0, n
+    cdef const q2_extent *ext
+    cdef uint8_t *at
+    cdef q2_status st = Q2_OK
+    while i < plan.n and st == Q2_OK:
+        ext = &plan.extent[i]
+        at = out + (ext.guest_off - plan.extent[0].guest_off)
+        n = 1
+        if ext.kind == Q2_KIND_COMPRESSED:
+            while i + n < plan.n and plan.extent[i + n].kind == Q2_KIND_COMPRESSED:
+                n += 1
+            st = read_compressed(img, ext, n, at, epoch)
+        else:
+            st = read_extent(img, ext, at, epoch)
+        i += n
+    return st
 
 
 # The part of a host offset's plausibility that another process may change under us: a file that
@@ -184,17 +150,13 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     cdef uint64_t epoch = q2_load(&img.epoch)
     cdef uint32_t parity = 0
     cdef bint entered = False
-    cdef int32_t i
     cdef q2_status st = Q2_OK
     while guest_off < end and st == Q2_OK:
         st = plan_next(img, guest_off, end - guest_off, &plan, &entered, &parity)
         if st != Q2_OK:
             break
-        for i in range(plan.n):
-            st = read_extent(img, &plan.extent[i], out, epoch)
-            if st != Q2_OK:
-                break
-            out += plan.extent[i].nbytes
+        st = read_plan(img, &plan, out, epoch)
+        out += plan.nbytes
         guest_off += plan.nbytes
     if entered:
         leave_request(img, parity)

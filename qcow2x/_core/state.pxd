@@ -178,6 +178,7 @@ cdef class ImageState(Storage):
     cdef q2_status shut_status      # how that one ended
 
     cdef q2_counters count          # for stats()
+    cdef uint64_t decode_ns         # that a compressed cluster takes, of late; atomic
     cdef q2_decoded decoded
 
     cdef pthread_mutex_t commit

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+from qcow2x._core.compressed import share_out_again, share_out_alone
+
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
 
@@ -68,6 +70,8 @@ class Pipeline(Generic[Task, Slot]):
         An exception of *tick* (or a signal's) stops the threads before it is passed on.
         """
         started: list[threading.Thread] = []
+        # These threads are as many as were asked for: what they read is not decoded by others besides.
+        share_out_alone()
         try:
             for thread in self._threads:
                 thread.start()
@@ -85,6 +89,7 @@ class Pipeline(Generic[Task, Slot]):
                 self._state.notify_all()
             for thread in started:
                 thread.join()
+            share_out_again()
         if self._failure is not None:
             raise self._failure
 
