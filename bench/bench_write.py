@@ -1,13 +1,17 @@
 """Writes beside os.pwritev on a raw file and qemu-img bench: into disks that grow, made anew for each
 round, and, apart from that, into disks in which every byte was written before.
 
+Rewriting, all three write to the same blocks of the same file: an image whose clusters lie in order,
+which is a raw disk from some offset on. Where on the host's disk a file lies makes a difference of up
+to 10 %, much more than there is to measure.
+
 The raw file's 32 requests at once come from 32 threads: os has no other way. QEMU and qcow2x are each
 asked in the way that serves them best on this machine."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 from loads import WAYS, Way, by_threads, fastest_way, many_at_once, side_by_side
@@ -53,60 +57,46 @@ def time_ours_and_raw(
     depth: int,
     turn: int,
     way: Way,
+    base: int = 0,
 ) -> list[tuple[float, float]]:
     if depth == 1:
         return side_by_side(
             load,
             turn,
             lambda part: race.time_image_writes(part, image),
-            lambda part: race.time_raw_writes(part, fd),
+            lambda part: race.time_raw_writes(replace(part, base=base), fd),
             stretch=1,
         )
     return side_by_side(
         load,
         turn,
         lambda part: way(part, image.pwrite, image.pwritev_many, depth),
-        lambda part: many_at_once(part, lambda data, off: os.pwritev(fd, [data], off), depth),
+        lambda part: many_at_once(
+            replace(part, base=base), lambda data, off: os.pwritev(fd, [data], off), depth
+        ),
         # At the end of each stretch fewer and fewer are under way, which qemu-img bench has once only:
         # of 128 requests of 4 KiB that was a seventh of the time.
         stretch=16 * depth,
     )
 
 
-def use_raw(path: Path) -> None:
-    fd = race.open_raw(path, "writeback", SIZE)
-    race.fill(lambda data, off: os.pwritev(fd, [data], off), SIZE)
-    race.close_raw(fd)
-
-
-def use_image(path: Path) -> None:
-    qcow2x.create(path, SIZE)
-    with qcow2x.open(path, "r+") as image:
-        race.fill(image.pwrite, SIZE)
-
-
-def use_qemu(path: Path) -> None:
-    race.create_qemu(path, SIZE)
-    race.time_qemu(Load.sequential(MIB, SIZE // MIB, SIZE), path, "writeback", write=True)
-
-
 @pytest.fixture(scope="module")
 def used(folder):
-    """Disks in which every byte has been written, by who writes to them; several of each, for rounds to
-    take turns with. Where on the host's disk a file lies makes a difference of up to 10 %, which would
-    be that of all rows if there was one of each."""
-    uses = [("raw", use_raw), ("qcow2x", use_image), ("qemu", use_qemu)]
-    sets = []
+    """Disks in which every byte has been written, each with the offset of its first byte in the file;
+    several, for rounds to take turns with."""
+    disks = []
     for n in range(PLACES):
-        paths = {}
-        for who, use in uses[n % 3 :] + uses[: n % 3]:
-            paths[who] = folder / f"used-{n}-{who}"
-            use(paths[who])
-        sets.append(paths)
-    yield sets
-    for paths in sets:
-        for path in paths.values():
-            path.unlink()
+        path = folder / f"used-{n}"
+        qcow2x.create(path, SIZE, preallocation="metadata")
+        with qcow2x.open(path, "r+") as image:
+            race.fill(image.pwrite, SIZE)
+            (whole,) = image.extents()
+        assert whole.length == SIZE
+        assert whole.host_offset is not None
+        disks.append((path, whole.host_offset))
+    yield disks
+    for path, _ in disks:
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -152,26 +142,23 @@ def bench_rewrite(used, versus, qemu_aio, cache, nbytes, pattern, depth):
     load = load_for(cache, nbytes, pattern, depth, grows=False)
     way = by_threads
     if depth > 1:
-        with qcow2x.open(used[0]["qcow2x"], "r+", cache=cache) as image:
+        with qcow2x.open(used[0][0], "r+", cache=cache) as image:
             way = fastest_way(lambda way: way(load, image.pwrite, image.pwritev_many, depth))
     turns = iter(range(1 << 20))
 
     def one_round():
         turn = next(turns)
-
-        def prepare(who):
-            path = used[turn % PLACES][who]
-            (race.make_cold if race.RAW_FLAGS[cache] & os.O_DIRECT else race.make_warm)(path)
-            return path
-
-        fd = race.open_raw(prepare("raw"), cache)
-        with qcow2x.open(prepare("qcow2x"), "r+", cache=cache) as image:
-            pairs = time_ours_and_raw(load, image, fd, depth, turn, way)
+        path, base = used[turn % PLACES]
+        prepare = race.make_cold if race.RAW_FLAGS[cache] & os.O_DIRECT else race.make_warm
+        prepare(path)
+        fd = race.open_raw(path, cache)
+        with qcow2x.open(path, "r+", cache=cache) as image:
+            pairs = time_ours_and_raw(load, image, fd, depth, turn, way, base)
         race.close_raw(fd)
-        aio = qemu_aio(cache)
         this = Round.of(RAW, pairs, alike=True)
-        qemu = race.time_qemu(load, prepare("qemu"), cache, write=True, aio=aio, depth=depth)
-        this.seconds[QEMU] = qemu
+        prepare(path)
+        aio = qemu_aio(cache)
+        this.seconds[QEMU] = race.time_qemu(load, path, cache, write=True, aio=aio, depth=depth)
         return this
 
     kind = ("rewrite", nbytes, pattern, cache, depth)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from qcow2x.demo.race import STRETCHES, Load
 
 T = TypeVar("T")
 One = Callable[[memoryview, int], object]
-Many = Callable[[list[tuple[memoryview, int]]], object]
+
+
+class Many(Protocol):
+    def __call__(self, requests: list[tuple[memoryview, int]], *, depth: int) -> object: ...
+
+
 #: A way to have *depth* requests of a load under way, by an image's verbs for one and for many.
 Way = Callable[[Load, One, Many, int], float]
 CALLERS = 4
@@ -26,19 +32,18 @@ def many_at_once(load: Load, send: One, depth: int) -> float:
 
 
 def calls_of_many(load: Load, send: Many, depth: int, *, callers: int = 1) -> float:
-    """Seconds for all requests of *load*, *depth* of them under way in the calls of *callers* threads:
-    where one call ends, those of the others keep the disk busy."""
+    """Seconds for all requests of *load*, *depth* of them under way in the calls of *callers* threads,
+    one each."""
     requests = list(zip(load.buffers, load.offsets, strict=True))
-    each = depth // callers
-    calls = [requests[i : i + each] for i in range(0, len(requests), each)]
-    return shared_out(calls, send, callers)
+    calls = [requests[i::callers] for i in range(callers)]
+    return shared_out(calls, lambda call: send(call, depth=depth // callers), callers)
 
 
 def by_threads(load: Load, one: One, many: Many, depth: int) -> float:
     return many_at_once(load, one, depth)
 
 
-def by_calls(load: Load, one: One, many: Many, depth: int) -> float:
+def by_one_call(load: Load, one: One, many: Many, depth: int) -> float:
     return calls_of_many(load, many, depth)
 
 
@@ -49,18 +54,18 @@ def by_callers(load: Load, one: One, many: Many, depth: int) -> float:
 #: What is said of each way after the name of a row.
 WAYS: dict[Way, str] = {
     by_threads: "",
-    by_calls: ", many in a call",
-    by_callers: f", many in a call of {CALLERS} threads",
+    by_one_call: ", in one call",
+    by_callers: f", in calls of {CALLERS} threads",
 }
 
 
 def fastest_way(run: Callable[[Way], float]) -> Way:
-    """The way that serves an image best, of one round in each."""
-    times = dict.fromkeys(WAYS, 0.0)
+    """The way that serves an image best, by the medians of some rounds in each."""
+    times: dict[Way, list[float]] = {way: [] for way in WAYS}
     # Who is tried first meets a disk that is still busy with what came before.
-    for way in [*WAYS, *reversed(WAYS)]:
-        times[way] += run(way)
-    return min(WAYS, key=lambda way: times[way])
+    for way in [*WAYS, *reversed(WAYS)] * 2:
+        times[way].append(run(way))
+    return min(WAYS, key=lambda way: statistics.median(times[way]))
 
 
 def shared_out(work: Sequence[T], send: Callable[[T], object], threads: int) -> float:

@@ -119,3 +119,24 @@ def test_after_close_nothing_is_read(chain: Path) -> None:
     for requests in ([], [(bytearray(1), 0)]):
         with pytest.raises(ValueError):
             image.preadv_many(requests)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 64])
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_a_bound_on_what_is_under_way(chain: Path, cache: str, depth: int) -> None:
+    """More than one batch of them; a device's queue is not seen from here, the bytes are."""
+    rng = random.Random(depth)
+    with qcow2x.open(chain, references="follow", cache=cache) as image:
+        wanted = [(bytearray(4096), 4096 * rng.randrange(SIZE // 4096)) for _ in range(1500)]
+        image.preadv_many(wanted, depth=depth)
+        content = image.pread(SIZE, 0)
+    assert all(buffer == content[off : off + 4096] for buffer, off in wanted)
+
+
+@pytest.mark.parametrize("depth", [0, -1, 65, 1 << 70])
+def test_a_depth_out_of_range(chain: Path, depth: int) -> None:
+    with qcow2x.open(chain, references="follow") as image:
+        buffer = bytearray(4096)
+        with pytest.raises(ValueError, match="depth must be between 1 and 64"):
+            image.preadv_many([(buffer, 0)], depth=depth)
+    assert buffer == bytes(4096)

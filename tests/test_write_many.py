@@ -241,3 +241,28 @@ def test_a_host_that_takes_no_more(tmp_path: Path, cache: str) -> None:
             if 64 <= place < 100:
                 may_be = [stamped(off, 64 * KiB, 3)]
             assert data in may_be, place
+
+
+@pytest.mark.parametrize("depth", [1, 5, 64])
+@pytest.mark.parametrize("cache", ["none", "directsync"])
+def test_a_bound_on_what_is_under_way(tmp_path: Path, cache: str, depth: int) -> None:
+    """More than one batch of them, over what is there and over nothing."""
+    path = tmp_path / "disk.qcow2"
+    model = bytearray(SIZE)
+    qcow2x.create(path, SIZE)
+    rng = random.Random(depth)
+    places = rng.sample(range(SIZE // 4096), 1200)
+    with qcow2x.open(path, "r+", cache=cache) as image:
+        for turn in range(2):
+            requests = []
+            for place in places:
+                data = mmap.mmap(-1, 4096)
+                data[:] = stamped(place * 4096, 4096, turn)
+                requests.append((data, place * 4096))
+                model[place * 4096 : place * 4096 + 4096] = data
+            assert image.pwritev_many(requests, depth=depth) == [4096] * len(places)
+        assert image.pread(SIZE, 0) == model
+        with pytest.raises(ValueError, match="depth must be between 1 and 64"):
+            image.pwritev_many([(bytes(512), 0)], depth=65)
+    check_clean(path)
+    compare_bytes(path, model)

@@ -107,7 +107,7 @@ static inline void q2_ring_drop(q2_ring *ring)
 }
 
 /* Returns with nothing under way, so that the buffers are the caller's again. */
-static inline void q2_io_by_ring(q2_ring *ring, q2_io *r, size_t n)
+static inline void q2_io_by_ring(q2_ring *ring, q2_io *r, size_t n, size_t depth)
 {
     size_t queued = 0, submitted = 0, completed = 0;
     int usable = 1;
@@ -115,7 +115,7 @@ static inline void q2_io_by_ring(q2_ring *ring, q2_io *r, size_t n)
         struct io_uring_cqe *cqe;
         struct io_uring_sqe *sqe;
         int rc;
-        while (usable && queued < n && queued - completed < Q2_RING_DEPTH &&
+        while (usable && queued < n && queued - completed < depth &&
                (sqe = io_uring_get_sqe(&ring->uring)) != NULL) {
             if (r[queued].writes) {
                 io_uring_prep_write(sqe, r[queued].fd, r[queued].buf, (unsigned)r[queued].nbytes,
@@ -175,12 +175,12 @@ static inline void *q2_io_some(void *share_)
     return NULL;
 }
 
-static inline void q2_io_by_threads(q2_io *r, size_t n)
+static inline void q2_io_by_threads(q2_io *r, size_t n, size_t depth)
 {
     q2_io_share share = {r, n, 0};
     pthread_t thread[Q2_IO_THREADS];
     size_t started = 0;
-    while (started < Q2_IO_THREADS && started + 1 < n &&
+    while (started < Q2_IO_THREADS && started + 1 < n && started + 1 < depth &&
            pthread_create(&thread[started], NULL, q2_io_some, &share) == 0)
         started++;
     q2_io_some(&share);
@@ -188,17 +188,18 @@ static inline void q2_io_by_threads(q2_io *r, size_t n)
         pthread_join(thread[--started], NULL);
 }
 
-/* All of them, in any order; got of each says how it went. */
-static inline void q2_io_many(q2_io *r, size_t n, int by_threads)
+/* All of them, in any order, at most `depth` (1 to Q2_RING_DEPTH) under way at once; got of each says how
+ * it went. */
+static inline void q2_io_many(q2_io *r, size_t n, size_t depth, int by_threads)
 {
     q2_ring *ring = n > 1 && !by_threads ? q2_ring_take() : NULL;
     size_t i;
     for (i = 0; i < n; i++)
         r[i].got = -ECANCELED;
     if (ring != NULL)
-        q2_io_by_ring(ring, r, n);
+        q2_io_by_ring(ring, r, n, depth);
     else
-        q2_io_by_threads(r, n);
+        q2_io_by_threads(r, n, depth);
 }
 
 #endif

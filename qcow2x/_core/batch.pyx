@@ -10,7 +10,7 @@ from qcow2x._core.storage cimport (WRITE_FUA, FileStorage, hold_edges, note_dura
 from qcow2x._core.sync cimport q2_load32, q2_raise_to
 
 cdef extern from "qcow2x/iomany.h" nogil:
-    void q2_io_many(q2_io *io, size_t n, bint by_threads)
+    void q2_io_many(q2_io *io, size_t n, size_t depth, bint by_threads)
 
 cdef extern from "<sys/uio.h>" nogil:
     int RWF_DSYNC
@@ -27,9 +27,10 @@ cdef inline bint serves(FileStorage file, uint32_t flags) noexcept nogil:
     return not flags & WRITE_FUA or file.ignore_sync or by_itself_durable(file, flags)
 
 
-cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, bint writes,
+cdef void batch_begin(ImageState img, q2_batch *batch, size_t requests, size_t depth, bint writes,
                       uint32_t flags) noexcept nogil:
     batch.n = 0
+    batch.depth = depth
     batch.writes = writes
     batch.flags = flags
     batch.serves = (img.data_is_file and not is_encrypted(img) and not img.data.listens
@@ -81,7 +82,7 @@ cdef void transfer(FileStorage file, q2_batch *batch) noexcept nogil:
         hold_edges(file, True)
     # A ring makes durable writes through the page cache one after another: 139 us for each of 32 writes
     # of 4 KiB, where threads took 33.
-    q2_io_many(batch.io, batch.n, batch.flags & WRITE_FUA and file.bounce is NULL)
+    q2_io_many(batch.io, batch.n, batch.depth, batch.flags & WRITE_FUA and file.bounce is NULL)
     if batch.writes:
         release_edges(file)
         for i in range(batch.n):

@@ -104,7 +104,7 @@ cdef q2_status collect_allocating(ImageState img, q2_many *m, size_t request, co
     return end_allocating(img, w, data, done)
 
 
-cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
+cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n, size_t depth,
                           bint fua) noexcept nogil:
     cdef q2_many m
     cdef const uint8_t *data
@@ -119,7 +119,7 @@ cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
         return write_guest(img, wanted.buf, wanted.nbytes, wanted.guest_off, fua)
     # What waits in the batch has been planned in this image's present epoch (`parity`): whoever frees
     # those clusters meanwhile may not have them used again before all of this has left.
-    batch_begin(img, &m.batch, n, True, flags)
+    batch_begin(img, &m.batch, n, depth, True, flags)
     m.n = 0
     while i < n and st == Q2_OK:
         data = <const uint8_t *>wanted[i].buf
@@ -129,7 +129,7 @@ cdef q2_status write_many(ImageState img, const q2_wanted *wanted, size_t n,
         while left and st == Q2_OK:
             st = collect_in_place(img, &m, i, data, left, guest_off, alone, &entered, &parity, &done)
             if st == Q2_OK and done == 0:
-                st = collect_allocating(img, &m, i, data, left, guest_off, n, &done)
+                st = collect_allocating(img, &m, i, data, left, guest_off, min(n, depth), &done)
             alone = done == 0
             data += done
             guest_off += done

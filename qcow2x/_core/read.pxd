@@ -12,11 +12,12 @@ from qcow2x._core.storage cimport q2_extent
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil
 
-# No lock held. All of them, each inside the disk. What lies in a file is read many at a time, by
-# io_uring or by threads; what is compressed, encrypted, in a backing file or in a Python storage
+# No lock held. All of them, each inside the disk. What lies in a file is read many at a time, up to
+# `depth` of them (1 to MOST_UNDER_WAY), by io_uring or by threads; what is compressed, encrypted, in a backing file or in a Python storage
 # one after another. The first failure in their order is the answer; what of the others was read
 # is not said.
-cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noexcept nogil
+cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
+                         size_t depth) noexcept nogil
 
 # No lock held. The same as read_guest for a range past the end of the disk, where the state of a machine is kept:
 # what is not mapped there is zeros, whatever the backing file has.

@@ -163,7 +163,8 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     return st
 
 
-cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noexcept nogil:
+cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
+                         size_t depth) noexcept nogil:
     cdef q2_batch batch
     cdef q2_plan plan
     cdef uint8_t *out
@@ -175,7 +176,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n) noex
     cdef int32_t k
     cdef const q2_extent *ext
     cdef q2_status st = Q2_OK
-    batch_begin(img, &batch, n, False, 0)
+    batch_begin(img, &batch, n, depth, False, 0)
     while i < n and st == Q2_OK:
         out = <uint8_t *>wanted[i].buf
         pos = wanted[i].guest_off

@@ -50,6 +50,8 @@ class Load:
     step: int
     #: Which request of the walk is the first.
     first: int = 0
+    #: Where the disk begins in its file.
+    base: int = 0
 
     @classmethod
     def sequential(cls, nbytes: int, count: int, size: int) -> Load:
@@ -76,7 +78,10 @@ class Load:
 
     @cached_property
     def offsets(self) -> list[int]:
-        return [i * self.step % self.size for i in range(self.first, self.first + self.count)]
+        return [
+            self.base + i * self.step % self.size
+            for i in range(self.first, self.first + self.count)
+        ]
 
     @cached_property
     def buffers(self) -> list[memoryview]:
