@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,10 +43,22 @@ class Row:
         """Our time over the baseline's, round by round."""
         return [one.seconds[OURS] / one.seconds[baseline] for one in self.rounds]
 
-    def ratio(self, baseline: str) -> float:
-        """The median over all stretches where they are alike, else over the rounds."""
+    def measured(self, baseline: str) -> list[float]:
+        """The ratios of all stretches where they are alike, else of the rounds."""
         stretches = [ratio for one in self.rounds for ratio in one.stretches.get(baseline, ())]
-        return statistics.median(stretches or self.ratios(baseline))
+        return stretches or self.ratios(baseline)
+
+    def ratio(self, baseline: str) -> float:
+        return statistics.median(self.measured(baseline))
+
+    def uncertainty(self, baseline: str) -> float:
+        """How far the median may be off, at 95 %: half of the span of the order statistics that have it
+        between them, in parts of it."""
+        ratios = sorted(self.measured(baseline))
+        reach = 0.98 * math.sqrt(len(ratios))
+        low = max(0, math.floor(len(ratios) / 2 - reach))
+        high = min(len(ratios) - 1, math.ceil(len(ratios) / 2 + reach))
+        return (ratios[high] - ratios[low]) / 2 / statistics.median(ratios)
 
     def spread(self, baseline: str) -> str:
         ratios = self.ratios(baseline)
