@@ -8,7 +8,7 @@ of rewriting and reading, where both take turns within a round and one stretch i
 all of those. No benchmark fails for being slow. ``report.md`` and its plots are written beside this file.
 
 QCOW2X_BENCH_ROUNDS sets the number of rounds (default 7; those that take many seconds have fewer; writes
-that a bound of percents is held to have three times as many, and go on, up to four times that, until the
+that a bound of percents is held to have three times as many, and go on, up to three times that, until the
 median beside the raw file is known to 1 %, whatever it is),
 QCOW2X_BENCH_DIR the folder on whose file system the disks lie.
 """
@@ -31,7 +31,7 @@ ROUNDS = int(os.environ.get("QCOW2X_BENCH_ROUNDS") or 7)
 #: For work of many seconds.
 FEW_ROUNDS = min(ROUNDS, 3)
 #: So many times the rounds at most, for a row that is still uncertain by more than so much.
-MOST_TIMES, CERTAIN = 4, 0.01
+MOST_TIMES, CERTAIN = 3, 0.01
 TABLE = pytest.StashKey[Table]()
 FOLDER = pytest.StashKey[Path]()
 
