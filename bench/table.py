@@ -16,15 +16,14 @@ class Round:
     """Who took how many seconds, ours under "qcow2x"."""
 
     seconds: dict[str, float]
-    #: Of work in which one stretch is like the other: our time over a baseline's for each stretch in
+    #: Of work in which one stretch is like the other: our time and a baseline's for each stretch in
     #: which both took their turns. What grows is not such work: some of it pays for the rest.
-    stretches: dict[str, list[float]] = field(default_factory=dict)
+    stretches: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, baseline: str, pairs: list[tuple[float, float]], *, alike: bool) -> Round:
         ours, theirs = (sum(seconds) for seconds in zip(*pairs, strict=True))
-        ratios = {baseline: [one / other for one, other in pairs]} if alike else {}
-        return cls({OURS: ours, baseline: theirs}, ratios)
+        return cls({OURS: ours, baseline: theirs}, {baseline: pairs} if alike else {})
 
 
 @dataclass
@@ -44,9 +43,19 @@ class Row:
         return [one.seconds[OURS] / one.seconds[baseline] for one in self.rounds]
 
     def measured(self, baseline: str) -> list[float]:
-        """The ratios of all stretches where they are alike, else of the rounds."""
-        stretches = [ratio for one in self.rounds for ratio in one.stretches.get(baseline, ())]
-        return stretches or self.ratios(baseline)
+        """The ratios of all stretches where they are alike, else of the rounds.
+
+        Two stretches at a time: who was first in one is second in the other. Who is second finds the pages
+        in the CPU's cache, a tenth faster at 4 KiB; the median over single stretches, half of them
+        that much above 1 and half below, is anything in between.
+        """
+        pairs = [pair for one in self.rounds for pair in one.stretches.get(baseline, ())]
+        return [
+            (ours_first + ours_second) / (theirs_second + theirs_first)
+            for (ours_first, theirs_second), (ours_second, theirs_first) in zip(
+                pairs[::2], pairs[1::2], strict=False
+            )
+        ] or self.ratios(baseline)
 
     def ratio(self, baseline: str) -> float:
         return statistics.median(self.measured(baseline))
