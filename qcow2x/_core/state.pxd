@@ -122,8 +122,8 @@ cdef class ImageState(Storage):
     cdef q2_growth growth           # under meta
 
     # Atomic, changed by every request.
-    cdef uint64_t active[2]         # requests that entered during an epoch of this parity
-    cdef uint64_t writers           # writing requests under way
+    cdef uint64_t active[2]         # requests that entered during an epoch of this parity, and
+                                    # one_writer() for each of them that writes
     cdef pthread_rwlock_t meta
 
     cdef Header header
@@ -189,6 +189,16 @@ cdef class ImageState(Storage):
 
     cdef bint locks_ready
 
+
+cdef enum:
+    WRITERS_SHIFT = 32
+
+# A request that writes, in `active`: one of all, and one of these, with a single atomic change.
+cdef inline uint64_t one_writer() noexcept nogil:
+    return (<uint64_t>1 << WRITERS_SHIFT) + 1
+
+cdef inline uint64_t writers_under_way(ImageState img) noexcept nogil:
+    return (q2_load(&img.active[0]) >> WRITERS_SHIFT) + (q2_load(&img.active[1]) >> WRITERS_SHIFT)
 
 cdef inline bint has_backing(ImageState img) noexcept nogil:
     return img.backing is not None

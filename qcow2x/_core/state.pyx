@@ -67,7 +67,7 @@ cdef void leave_to_parent(ImageState img) noexcept nogil:
     img.shut = True
     img.shut_status = Q2_E_CLOSED
     img.frozen = False
-    img.active[0] = img.active[1] = img.writers = img.room_waiters = 0
+    img.active[0] = img.active[1] = img.room_waiters = 0
 
 
 cdef q2_status refuse_closed(ImageState img) noexcept nogil:
@@ -77,12 +77,16 @@ cdef q2_status refuse_closed(ImageState img) noexcept nogil:
     return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
 
 
-cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
+cdef inline q2_status enter_as(ImageState img, uint64_t who, uint32_t *parity) noexcept nogil:
     if q2_load(&img.closed):
         return refuse_closed(img)
     parity[0] = <uint32_t>(img.epoch & 1)
-    q2_add(&img.active[parity[0]], 1)
+    q2_add(&img.active[parity[0]], who)
     return Q2_OK
+
+
+cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
+    return enter_as(img, 1, parity)
 
 
 cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil:
@@ -98,13 +102,9 @@ cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil:
 
 
 cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil:
-    cdef q2_status st
     if img.frozen or q2_load(&img.asleep):
         return Q2_BUSY
-    st = enter_request(img, parity)
-    if st == Q2_OK:
-        q2_add(&img.writers, 1)
-    return st
+    return enter_as(img, one_writer(), parity)
 
 
 cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil:
@@ -165,8 +165,7 @@ cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
 
 
 cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil:
-    q2_sub(&img.writers, 1)
-    leave_request(img, parity)
+    q2_sub(&img.active[parity], one_writer())
 
 
 # Waiting for requests to end, which they do within an I/O: looking now and then costs nothing.
@@ -190,7 +189,7 @@ cdef q2_status freeze(ImageState img) noexcept nogil:
         img.frozen = True
     pthread_rwlock_unlock(&img.meta)
     pthread_mutex_unlock(&img.commit)
-    while st == Q2_OK and q2_load(&img.writers) != 0:
+    while st == Q2_OK and writers_under_way(img) != 0:
         pause_briefly()
     return st
 

@@ -344,7 +344,7 @@ cdef inline bint hole_lasts(ImageState img) noexcept nogil:
 
 cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nbytes,
                                 uint64_t at_once, bint wait, q2_write *w) noexcept nogil:
-    cdef uint64_t writers = max(at_once, q2_load(&img.writers))
+    cdef uint64_t writers = max(at_once, writers_under_way(img))
     w.many = writers >= MANY_WRITERS
     w.grows = ((img.growth.how == GROWTH_AHEAD
                 and (nbytes <= WRITTEN_AT_MOST or hole_lasts(img)))
