@@ -7,6 +7,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.condensed cimport q2_condensed
 from qcow2x._core.status cimport q2_status
+from qcow2x._core.sync cimport q2_touch
 
 cdef enum:
     SLOT_EMPTY = 0
@@ -65,8 +66,27 @@ cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,
                           uint64_t max_bytes) noexcept nogil
 cdef void cache_free(q2_cache *c) noexcept nogil
 
+# Buckets hold slot number + 1, so that fresh zeroed memory means empty.
+cdef inline int32_t *bucket_of(q2_cache *c, uint64_t key) noexcept nogil:
+    cdef uint64_t mixed = (key >> c.slice_bits) * <uint64_t>0x9E3779B97F4A7C15
+    return &c.buckets[<uint32_t>(mixed >> 32) & c.bucket_mask]
+
+# Shared or exclusive lock. Whatever state it is in.
+cdef inline q2_slot *cache_find(q2_cache *c, uint64_t key) noexcept nogil:
+    cdef int32_t i = bucket_of(c, key)[0] - 1
+    while i >= 0:
+        if c.slots[i].key == key and c.slots[i].state != SLOT_EMPTY:
+            return &c.slots[i]
+        i = c.slots[i].next
+    return NULL
+
 # Shared or exclusive lock. NULL if the slice is absent or still loading.
-cdef q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil
+cdef inline q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil:
+    cdef q2_slot *slot = cache_find(c, key)
+    if slot is NULL or slot.state != SLOT_VALID:
+        return NULL
+    q2_touch(&slot.used)
+    return slot
 
 # Exclusive lock. Q2_OK: *out is a slot in SLOT_LOADING for the caller to fill and finish (or, with
 # *already set, one that is valid, be it made of its record). Q2_BUSY: another thread loads it. Q2_FULL: write back first.

@@ -8,7 +8,7 @@ from qcow2x._core.condensed cimport (condensed_forget, condensed_forget_all, con
                                      condensed_note, condensed_slice)
 from qcow2x._core.errors cimport fail
 from qcow2x._core.status cimport *
-from qcow2x._core.sync cimport q2_store, q2_store32, q2_touch
+from qcow2x._core.sync cimport q2_store, q2_store32
 
 cdef q2_status cache_init(q2_cache *c, uint8_t rank, uint32_t slice_bits,
                           uint64_t max_bytes) noexcept nogil:
@@ -46,29 +46,6 @@ cdef void cache_free(q2_cache *c) noexcept nogil:
     c.buckets = NULL
     c.n_slots = 0
     c.n_dirty = 0
-
-
-# Buckets hold slot number + 1, so that fresh zeroed memory means empty.
-cdef inline int32_t *bucket_of(q2_cache *c, uint64_t key) noexcept nogil:
-    cdef uint64_t mixed = (key >> c.slice_bits) * <uint64_t>0x9E3779B97F4A7C15
-    return &c.buckets[<uint32_t>(mixed >> 32) & c.bucket_mask]
-
-
-cdef inline q2_slot *find(q2_cache *c, uint64_t key) noexcept nogil:
-    cdef int32_t i = bucket_of(c, key)[0] - 1
-    while i >= 0:
-        if c.slots[i].key == key and c.slots[i].state != SLOT_EMPTY:
-            return &c.slots[i]
-        i = c.slots[i].next
-    return NULL
-
-
-cdef q2_slot *cache_get(q2_cache *c, uint64_t key) noexcept nogil:
-    cdef q2_slot *slot = find(c, key)
-    if slot is NULL or slot.state != SLOT_VALID:
-        return NULL
-    q2_touch(&slot.used)
-    return slot
 
 
 cdef void unlink(q2_cache *c, q2_slot *slot) noexcept nogil:
@@ -135,7 +112,7 @@ cdef void enter(q2_cache *c, q2_slot *slot, uint64_t key) noexcept nogil:
 
 cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
                                 bint *already) noexcept nogil:
-    cdef q2_slot *slot = find(c, key)
+    cdef q2_slot *slot = cache_find(c, key)
     already[0] = False
     if slot is not NULL:
         if slot.state == SLOT_LOADING:
@@ -161,7 +138,7 @@ cdef q2_status cache_begin_load(q2_cache *c, uint64_t key, q2_slot **out,
 
 
 cdef inline bint could_enter(q2_cache *c, uint64_t key) noexcept nogil:
-    return c.n_slots < c.max_slots and find(c, key) is NULL
+    return c.n_slots < c.max_slots and cache_find(c, key) is NULL
 
 
 cdef uint32_t cache_widen_load(q2_cache *c, q2_slot *slot, uint64_t window,
@@ -213,7 +190,7 @@ cdef void cache_end_load(q2_cache *c, q2_slot *slot, bint filled) noexcept nogil
 
 
 cdef void cache_note_absent(q2_cache *c, uint64_t key, const uint8_t *slice) noexcept nogil:
-    if find(c, key) is NULL:
+    if cache_find(c, key) is NULL:
         condensed_note(&c.condensed, key, slice)
 
 
@@ -241,7 +218,7 @@ cdef void cache_drop(q2_cache *c, uint64_t key, uint64_t nbytes) noexcept nogil:
     cdef uint64_t at = key
     cdef q2_slot *slot
     while at < key + nbytes:
-        slot = find(c, at)
+        slot = cache_find(c, at)
         if slot is not NULL and slot.state == SLOT_VALID:
             forget(c, slot)
         elif slot is not NULL:

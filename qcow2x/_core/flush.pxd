@@ -1,6 +1,11 @@
 # Making what was written durable.
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
+from qcow2x._core.sync cimport q2_load
+
+cdef enum:
+    # Bytes of freed clusters that may wait: much more than a flush costs to write anew.
+    FREED_AT_MOST = 16 << 20
 
 # No lock held, and not inside a request of the caller's own (its epoch would keep freed clusters
 # waiting). Everything that was written and every mapping that was changed before the call is
@@ -17,7 +22,9 @@ cdef q2_status flush_if_metadata_changed(ImageState img) noexcept nogil
 # free, as only that makes them. Without it a writer that never flushes would let the file grow for
 # ever. Nobody asked for this flush, so nobody hears of its failure: what it could not write stays
 # dirty, or the image is broken and the next request says so.
-cdef void flush_if_much_freed(ImageState img) noexcept nogil
+cdef inline void flush_if_much_freed(ImageState img) noexcept nogil:
+    if q2_load(&img.dropped.clusters) << img.geo.cluster_bits >= FREED_AT_MOST:
+        flush_image(img)
 
 # No lock held, no request under way and none to come: the last flush of an image being closed.
 cdef q2_status flush_closing(ImageState img) noexcept nogil

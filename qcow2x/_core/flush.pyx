@@ -75,16 +75,6 @@ cdef q2_status settle_refcounts(ImageState img) noexcept nogil:
     return st
 
 
-cdef enum:
-    # Bytes of freed clusters that may wait: much more than a flush costs to write anew.
-    FREED_AT_MOST = 16 << 20
-
-
-cdef void flush_if_much_freed(ImageState img) noexcept nogil:
-    if q2_load(&img.dropped.clusters) << img.geo.cluster_bits >= FREED_AT_MOST:
-        flush_image(img)
-
-
 cdef q2_status flush_closing(ImageState img) noexcept nogil:
     cdef q2_status st
     pthread_mutex_lock(&img.commit)

@@ -291,7 +291,7 @@ cdef class CoreImage(ImageState):
         st = self._inside(off, view.len)
         if st == Q2_OK:
             with nogil:
-                st = write_guest(self, view.buf, view.len, off, fua)
+                st = write_guest(self, view.buf, view.len, off, fua, 1)
         cdef Py_ssize_t n = view.len
         PyBuffer_Release(&view)
         if st != Q2_OK:
@@ -372,7 +372,7 @@ cdef class CoreImage(ImageState):
             if st == Q2_OK:
                 st = write_encoded(self, scratch, <uint32_t>encoded, off + done)
             elif st == Q2_INCOMPRESSIBLE:
-                st = write_guest(self, data + done, n, off + done, False)
+                st = write_guest(self, data + done, n, off + done, False, 1)
             done += n
         scratch_give(scratch, 2 * size)
         if st == Q2_OK and self.durable:
@@ -423,7 +423,7 @@ cdef class CoreImage(ImageState):
                 continue
             if lengths[i] == 0:
                 n = plain_bytes - at if plain_bytes - at < size else size
-                st = write_guest(self, plain + at, n, off + at, False)
+                st = write_guest(self, plain + at, n, off + at, False, 1)
             else:
                 st = write_encoded(self, stream, lengths[i], off + at)
                 stream += lengths[i]
@@ -1006,7 +1006,7 @@ cdef class CoreImage(ImageState):
                             uint32_t flags) noexcept nogil:
         cdef q2_status st = self._inside(off, nbytes)
         if st == Q2_OK:
-            st = write_guest(self, buf, nbytes, off, (flags & WRITE_FUA) != 0)
+            st = write_guest(self, buf, nbytes, off, (flags & WRITE_FUA) != 0, 1)
         if st == Q2_OK:
             self.note_write()
         return st

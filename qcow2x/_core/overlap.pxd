@@ -6,7 +6,7 @@
 # that a write costs one look-up per cluster, where QEMU goes through the whole L1 table.
 from libc.stdint cimport uint32_t, uint64_t
 
-from qcow2x._core.state cimport ImageState
+from qcow2x._core.state cimport ImageState, q2_guard
 from qcow2x._core.status cimport q2_status
 
 cdef enum:
@@ -24,6 +24,17 @@ cdef enum:
     HOLDS_SNAPSHOT_L1 = 4
     HOLDS_SNAPSHOT_L2 = 5
     HOLDS_SEVERAL = 7    # two tables claim it: neither may be written
+
+# Open addressing with linear probing; a slot holds (cluster + 1) << 3 | what it holds, 0 is empty.
+cdef inline uint64_t home_of(const q2_guard *g, uint64_t cluster) noexcept nogil:
+    return ((cluster * <uint64_t>0x9E3779B97F4A7C15) >> 30) & g.mask
+
+# The slot of the cluster, or the empty one where it would go.
+cdef inline uint64_t guard_find(const q2_guard *g, uint64_t cluster) noexcept nogil:
+    cdef uint64_t at = home_of(g, cluster)
+    while g.slot[at] and (g.slot[at] >> 3) != cluster + 1:
+        at = (at + 1) & g.mask
+    return at
 
 # meta, exclusive (or nobody else has the image yet). n clusters hold a table from now on; they hold
 # none any more.

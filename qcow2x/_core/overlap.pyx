@@ -9,21 +9,6 @@ from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport q2_store
 from qcow2x._core.wire cimport Q2_L1E_OFFSET_MASK, Q2_RTE_OFFSET_MASK
 
-# Open addressing with linear probing; a slot holds (cluster + 1) << 3 | what it holds, 0 is empty.
-
-
-cdef inline uint64_t home_of(const q2_guard *g, uint64_t cluster) noexcept nogil:
-    return ((cluster * <uint64_t>0x9E3779B97F4A7C15) >> 30) & g.mask
-
-
-cdef inline uint64_t find(const q2_guard *g, uint64_t cluster) noexcept nogil:
-    """The slot of the cluster, or the empty one where it would go."""
-    cdef uint64_t at = home_of(g, cluster)
-    while g.slot[at] and (g.slot[at] >> 3) != cluster + 1:
-        at = (at + 1) & g.mask
-    return at
-
-
 cdef q2_status reserve(q2_guard *g, uint64_t more) noexcept nogil:
     cdef q2_guard larger
     cdef uint64_t room = g.mask + 1 if g.slot is not NULL else 64
@@ -40,7 +25,7 @@ cdef q2_status reserve(q2_guard *g, uint64_t more) noexcept nogil:
     if g.slot is not NULL:
         for i in range(g.mask + 1):
             if g.slot[i]:
-                larger.slot[find(&larger, (g.slot[i] >> 3) - 1)] = g.slot[i]
+                larger.slot[guard_find(&larger, (g.slot[i] >> 3) - 1)] = g.slot[i]
     free(g.slot)
     g[0] = larger
     return Q2_OK
@@ -74,7 +59,7 @@ cdef q2_status guard_add(ImageState img, uint32_t holds, uint64_t first_cl,
     if st != Q2_OK:
         return st
     for cluster in range(first_cl, first_cl + n):
-        at = find(&img.guarded, cluster)
+        at = guard_find(&img.guarded, cluster)
         if not img.guarded.slot[at]:
             img.guarded.n += 1
         img.guarded.slot[at] = (cluster + 1) << 3 | together(img.guarded.slot[at] & 7, holds)
@@ -87,7 +72,7 @@ cdef void guard_remove(ImageState img, uint64_t first_cl, uint64_t n) noexcept n
     if g.n == 0:
         return
     for cluster in range(first_cl, first_cl + n):
-        hole = find(g, cluster)
+        hole = guard_find(g, cluster)
         if not g.slot[hole]:
             continue
         g.slot[hole] = 0
@@ -146,7 +131,7 @@ cdef q2_status guard_write(ImageState img, uint64_t host_off, uint64_t nbytes) n
         return Q2_OK
     last = (host_off + nbytes - 1) >> img.geo.cluster_bits
     for cluster in range(host_off >> img.geo.cluster_bits, last + 1):
-        if img.guarded.slot[find(&img.guarded, cluster)]:
+        if img.guarded.slot[guard_find(&img.guarded, cluster)]:
             q2_store(&img.damaged, 1)
             return fail(Q2_E_CORRUPT, Q2_SITE_DATA_WRITE, cluster << img.geo.cluster_bits,
                         b"a write of guest data would have overwritten a table of the image")
@@ -157,7 +142,7 @@ cdef q2_status guard_table_write(ImageState img, uint32_t holds, uint64_t host_o
     cdef uint64_t found
     if img.guarded.n == 0:
         return Q2_OK
-    found = img.guarded.slot[find(&img.guarded, host_off >> img.geo.cluster_bits)] & 7
+    found = img.guarded.slot[guard_find(&img.guarded, host_off >> img.geo.cluster_bits)] & 7
     if found == 0 or found == holds:
         return Q2_OK
     q2_store(&img.damaged, 1)

@@ -8,14 +8,15 @@ from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes,
 from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
 from qcow2x._core.compressed cimport read_compressed
 from qcow2x._core.errors cimport fail
-from qcow2x._core.mapping cimport plan_range
+from qcow2x._core.mapping cimport plan_one, plan_range
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
                                 Q2_KIND_ZERO, q2_plan)
 from qcow2x._core.sectors cimport read_encrypted
-from qcow2x._core.state cimport enter_request, has_backing, is_encrypted, leave_request
+from qcow2x._core.state cimport (copies_only, enter_request, has_backing, is_encrypted,
+                                 leave_request)
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport Storage
+from qcow2x._core.storage cimport FileStorage, Storage, q2_extent, read_from_cache
 from qcow2x._core.sync cimport *
 
 cdef inline uint32_t layers_to_pass(ImageState img, uint64_t block) noexcept nogil:
@@ -142,6 +143,26 @@ cdef q2_status plan_next(ImageState img, uint64_t guest_off, uint64_t nbytes, q2
         return st
 
 
+cdef inline bint read_here(ImageState img, void *buf, size_t nbytes,
+                           uint64_t guest_off) noexcept nogil:
+    """The commonest read of all: from the page cache, inside one cluster that is there. False: it is
+    another, or failed, and is to be made from its start."""
+    cdef q2_extent ext
+    cdef uint32_t parity = 0
+    cdef bint goes
+    if not copies_only(img):
+        return False
+    pthread_rwlock_rdlock(&img.meta)
+    goes = (plan_one(img, guest_off, nbytes, &ext)
+            and enter_request(img, &parity) == Q2_OK)
+    pthread_rwlock_unlock(&img.meta)
+    if not goes:
+        return False
+    goes = read_from_cache(<FileStorage>img.data, buf, nbytes, ext.host_off)
+    leave_request(img, parity)
+    return goes
+
+
 cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
                           uint64_t guest_off) noexcept nogil:
     cdef q2_plan plan
@@ -151,6 +172,8 @@ cdef q2_status read_guest(ImageState img, void *buf, size_t nbytes,
     cdef uint32_t parity = 0
     cdef bint entered = False
     cdef q2_status st = Q2_OK
+    if nbytes and read_here(img, buf, nbytes, guest_off):
+        return Q2_OK
     while guest_off < end and st == Q2_OK:
         st = plan_next(img, guest_off, end - guest_off, &plan, &entered, &parity)
         if st != Q2_OK:

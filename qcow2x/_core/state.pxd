@@ -18,9 +18,9 @@ from qcow2x._core.decoded cimport q2_decoded
 from qcow2x._core.geometry cimport q2_geometry
 from qcow2x._core.header cimport Header
 from qcow2x._core.marks cimport marks_set, q2_marks
-from qcow2x._core.status cimport q2_status
-from qcow2x._core.storage cimport Storage
-from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t, q2_load
+from qcow2x._core.status cimport Q2_BUSY, Q2_OK, q2_status
+from qcow2x._core.storage cimport FileStorage, Storage
+from qcow2x._core.sync cimport pthread_cond_t, pthread_mutex_t, pthread_rwlock_t, q2_add, q2_load, q2_sub
 
 # An allocating write between its plan and its link. It owns guest clusters [first, first + n):
 # whoever would change their mapping waits until it has linked or aborted.
@@ -206,6 +206,11 @@ cdef inline bint has_backing(ImageState img) noexcept nogil:
 cdef inline bint is_encrypted(ImageState img) noexcept nogil:
     return img.cipher is not None
 
+# Whether data is copied from and into the page cache as it is, and nobody listens.
+cdef inline bint copies_only(ImageState img) noexcept nogil:
+    return (img.data_is_file and (<FileStorage>img.data).bounce is NULL and img.cipher is None
+            and not img.file.listens)
+
 # What `closed` is in a child of the process that opened the image.
 cdef enum:
     CLOSED_BY_FORK = 2
@@ -218,20 +223,35 @@ cdef q2_status refuse_closed(ImageState img) noexcept nogil
 # Why a write is refused that cannot be guarded as was asked.
 cdef q2_status refuse_unguarded(ImageState img) noexcept nogil
 
+cdef inline q2_status enter_as(ImageState img, uint64_t who, uint32_t *parity) noexcept nogil:
+    if q2_load(&img.closed):
+        return refuse_closed(img)
+    parity[0] = <uint32_t>(img.epoch & 1)
+    q2_add(&img.active[parity[0]], who)
+    return Q2_OK
+
 # meta, any side. Enters a request: what it plans stays readable until leave_request. Q2_E_CLOSED.
-cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil
+cdef inline q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
+    return enter_as(img, 1, parity)
+
 # No lock held: the same for a verb that plans under the exclusive lock later.
 cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil
 # No lock needed.
-cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil
+cdef inline void leave_request(ImageState img, uint32_t parity) noexcept nogil:
+    q2_sub(&img.active[parity], 1)
 
 # The same for a request that writes. enter_write, with meta held, answers Q2_BUSY while the image is
 # frozen or its bitmaps are not marked in use yet: note the turn, let go of meta, wait_at_gate, again.
 # begin_write_request does all that.
-cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil
+cdef inline q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil:
+    if img.frozen or q2_load(&img.asleep):
+        return Q2_BUSY
+    return enter_as(img, one_writer(), parity)
+
 cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil
 cdef q2_status wait_at_gate(ImageState img, uint64_t turn) noexcept nogil
-cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil
+cdef inline void leave_write(ImageState img, uint32_t parity) noexcept nogil:
+    q2_sub(&img.active[parity], one_writer())
 
 # Inside a writing request: what it changed, for the bitmaps. Inside the disk only: what a resize
 # clears past its end is not a change.
@@ -273,7 +293,12 @@ cdef void runs_clear(q2_runs *runs) noexcept nogil
 cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil
 
 # Whether a write may start: Q2_E_CLOSED, Q2_E_READONLY, Q2_E_BROKEN or Q2_OK.
-cdef q2_status may_write(ImageState img) noexcept nogil
+cdef q2_status refuse_write(ImageState img) noexcept nogil
+cdef inline q2_status may_write(ImageState img) noexcept nogil:
+    if q2_load(&img.closed) or img.read_only or q2_load(&img.broken) or img.refused:
+        return refuse_write(img)
+    return Q2_OK
+
 # After a sync failed, or a write to a table that is in use and not kept in memory: no room is retryable,
 # all else poisons.
 cdef q2_status poison_unless_full(ImageState img, q2_status status) noexcept nogil

@@ -77,34 +77,12 @@ cdef q2_status refuse_closed(ImageState img) noexcept nogil:
     return fail(Q2_E_CLOSED, Q2_SITE_NONE, 0, b"image is closed")
 
 
-cdef inline q2_status enter_as(ImageState img, uint64_t who, uint32_t *parity) noexcept nogil:
-    if q2_load(&img.closed):
-        return refuse_closed(img)
-    parity[0] = <uint32_t>(img.epoch & 1)
-    q2_add(&img.active[parity[0]], who)
-    return Q2_OK
-
-
-cdef q2_status enter_request(ImageState img, uint32_t *parity) noexcept nogil:
-    return enter_as(img, 1, parity)
-
-
 cdef q2_status begin_request(ImageState img, uint32_t *parity) noexcept nogil:
     cdef q2_status st
     pthread_rwlock_rdlock(&img.meta)
     st = enter_request(img, parity)
     pthread_rwlock_unlock(&img.meta)
     return st
-
-
-cdef void leave_request(ImageState img, uint32_t parity) noexcept nogil:
-    q2_sub(&img.active[parity], 1)
-
-
-cdef q2_status enter_write(ImageState img, uint32_t *parity) noexcept nogil:
-    if img.frozen or q2_load(&img.asleep):
-        return Q2_BUSY
-    return enter_as(img, one_writer(), parity)
 
 
 cdef q2_status begin_write_request(ImageState img, uint32_t *parity) noexcept nogil:
@@ -162,10 +140,6 @@ cdef q2_status wake_bitmaps(ImageState img) noexcept nogil:
     pthread_mutex_unlock(&img.commit)
     room_wake(img)
     return st
-
-
-cdef void leave_write(ImageState img, uint32_t parity) noexcept nogil:
-    q2_sub(&img.active[parity], one_writer())
 
 
 # Waiting for requests to end, which they do within an I/O: looking now and then costs nothing.
@@ -335,7 +309,7 @@ cdef void runs_take(q2_runs *runs, q2_runs *out) noexcept nogil:
     q2_store(&runs.clusters, 0)
 
 
-cdef q2_status may_write(ImageState img) noexcept nogil:
+cdef q2_status refuse_write(ImageState img) noexcept nogil:
     if q2_load(&img.closed):
         return refuse_closed(img)
     if img.read_only:

@@ -30,9 +30,10 @@ cdef struct q2_write:
 
 # No lock held. Writes the guest bytes [guest_off, guest_off + nbytes), which must lie inside the
 # disk. Durable at return with fua or where the image is `durable`. After a failure any part may
-# have been written; what was not keeps its old bytes.
+# have been written; what was not keeps its old bytes. `at_once`: as many writes are under way as the
+# caller knows of.
 cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
-                           bint fua) noexcept nogil
+                           bint fua, uint64_t at_once) noexcept nogil
 
 # No lock held. Gives the guest clusters of the range, which must be whole (or end with the disk),
 # host clusters that read as zeros, without writing data. For preallocation: clusters that are
@@ -57,7 +58,7 @@ cdef q2_status write_extent(ImageState img, const q2_extent *ext, const uint8_t 
                             uint32_t flags) noexcept nogil
 
 # No lock held, the request entered. An allocating write of as much of the range as one run of host
-# clusters takes; `at_once`: as many writes are under way as this one's caller knows of. It is IN_PLACE if
+# clusters takes; `at_once` as for write_guest. It is IN_PLACE if
 # none is needed, else it owns its clusters until end_allocating or finish. Q2_BUSY, only without `wait`:
 # somebody else's are in the way.
 cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nbytes,

@@ -19,9 +19,9 @@ from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.growth cimport clear_from, fill_reserve
 from qcow2x._core.l2table cimport *
 from qcow2x._core.mapping cimport (check_host_cluster, drop_entry, ensure_l2_table,
-                                   entry_changed, entry_is_ours, find_entry, plan_range)
+                                   entry_changed, entry_is_ours, find_entry, plan_one, plan_range)
 from qcow2x._core.metadata cimport MISSING_REFTABLE, MISSING_RESERVE, load_slice
-from qcow2x._core.overlap cimport GUARD_CACHED, guard_write
+from qcow2x._core.overlap cimport GUARD_CACHED, guard_find, guard_write
 from qcow2x._core.plan cimport Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_ZERO
 from qcow2x._core.reserve cimport (GROWTH_AHEAD, GROWTH_TOGETHER, HOLE_BYTES, MANY_WRITERS,
                                    SEVERAL_WRITERS, WRITTEN_AT_MOST, note_ahead, note_used, take_reserved)
@@ -29,7 +29,8 @@ from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, q2_extent
+from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, q2_extent,
+                                   write_to_cache)
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport Q2_BITMAP_ALL_ALLOC, Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
 
@@ -364,9 +365,10 @@ cdef q2_status end_allocating(ImageState img, q2_write *w, const uint8_t *data,
 
 
 cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
-                                uint64_t guest_off, uint64_t *done) noexcept nogil:
+                                uint64_t guest_off, uint64_t at_once,
+                                uint64_t *done) noexcept nogil:
     cdef q2_write w
-    cdef q2_status st = begin_allocating(img, guest_off, nbytes, 1, True, &w)
+    cdef q2_status st = begin_allocating(img, guest_off, nbytes, at_once, True, &w)
     done[0] = 0
     if st == Q2_OK and w.what != IN_PLACE:
         st = end_allocating(img, &w, data, done)
@@ -465,8 +467,35 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
     return st
 
 
+cdef inline bint write_here(ImageState img, const void *buf, size_t nbytes,
+                            uint64_t guest_off) noexcept nogil:
+    """The commonest write of all: into the page cache, inside one cluster that is there and ours. False: it
+    is another, or failed, and is to be made from its start.
+
+    With all the functions of the way below the same took 0.86 us instead of 0.76 (4 KiB; os.pwritev
+    0.76): see plan_one."""
+    cdef q2_extent ext
+    cdef uint32_t parity = 0
+    cdef bint goes
+    if not copies_only(img):
+        return False
+    pthread_rwlock_rdlock(&img.meta)
+    goes = (plan_one(img, guest_off, nbytes, &ext) and ext.in_place and img.growth.n_ahead == 0
+            and (img.rt is not NULL or img.guard_level < GUARD_CACHED)
+            and (img.guarded.n == 0
+                 or img.guarded.slot[guard_find(&img.guarded, ext.host_off >> img.geo.cluster_bits)] == 0)
+            and enter_write(img, &parity) == Q2_OK)
+    pthread_rwlock_unlock(&img.meta)
+    if not goes:
+        return False
+    goes = write_to_cache(<FileStorage>img.data, buf, nbytes, ext.host_off)
+    note_change(img, guest_off, nbytes)
+    leave_write(img, parity)
+    return goes
+
+
 cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
-                           bint fua) noexcept nogil:
+                           bint fua, uint64_t at_once) noexcept nogil:
     cdef const uint8_t *data = <const uint8_t *>buf
     cdef bint durable = fua or img.durable
     cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
@@ -474,10 +503,12 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
     cdef uint32_t parity = 0
     cdef bint entered = False, alone = False
     cdef q2_status st = may_write(img)
+    if st == Q2_OK and not durable and nbytes and write_here(img, buf, nbytes, guest_off):
+        return Q2_OK
     while left and st == Q2_OK:
         st = write_in_place(img, data, left, guest_off, flags, alone, &entered, &parity, &done)
         if st == Q2_OK and done == 0:
-            st = write_allocating(img, data, left, guest_off, &done)
+            st = write_allocating(img, data, left, guest_off, at_once, &done)
         # What was left to the other, and by that as well: no table, or no longer kept.
         alone = done == 0
         data += done
