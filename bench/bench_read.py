@@ -4,6 +4,7 @@ that, from the disk (O_DIRECT). Through a chain of overlays, and of compressed c
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 from loads import WAYS, Way, by_threads, fastest_way, many_at_once, side_by_side
@@ -15,23 +16,32 @@ from qcow2x.demo.race import Load
 
 SIZE = 256 * MIB
 CHAIN = 50
+PACKED = ("half zeros", "dense")
+PACKED_SIZE = 64 * MIB
 
 
 @pytest.fixture(scope="module")
 def disks(folder):
-    """The same bytes as a raw file, as an image with everything allocated and compressed."""
-    raw, image, packed = folder / "read.raw", folder / "read.qcow2", folder / "packed.qcow2"
+    """The same bytes as a raw file and as an image with everything allocated; and compressed clusters, those
+    that take the decoder least to do and most."""
+    raw, image = folder / "read.raw", folder / "read.qcow2"
+    packed = {kind: folder / f"{kind}.qcow2" for kind in PACKED}
     fd = race.open_raw(raw, "writeback", SIZE)
     race.fill(lambda data, off: os.pwritev(fd, [data], off), SIZE)
     os.close(fd)
     qcow2x.convert(raw, image, src_format="raw")
-    half_zero = bytes(32768) + Load.sequential(65536, 1, 65536).buffers[0][:32768].tobytes()
-    qcow2x.create(packed, SIZE)
-    with qcow2x.open(packed, "r+") as opened:
-        for off in range(0, SIZE, MIB):
-            opened.pwrite_compressed(half_zero * 16, off)
+    noise = random.Random(1).randbytes(64 * KIB)
+    clusters = {
+        "half zeros": bytes(32 * KIB) + noise[: 32 * KIB],
+        "dense": bytes(byte & 0x3F for byte in noise),
+    }
+    for kind in PACKED:
+        qcow2x.create(packed[kind], PACKED_SIZE)
+        with qcow2x.open(packed[kind], "r+") as opened:
+            for off in range(0, PACKED_SIZE, MIB):
+                opened.pwrite_compressed(clusters[kind] * 16, off)
     yield raw, image, packed
-    for path in (raw, image, packed):
+    for path in (raw, image, *packed.values()):
         path.unlink()
 
 
@@ -152,19 +162,25 @@ def bench_read_through_chain(disks, versus, folder, depth):
 
 
 @pytest.mark.parametrize("nbytes", [4 * KIB, 64 * KIB, MIB], ids=["4k", "64k", "1m"])
-def bench_read_compressed(disks, versus, nbytes):
-    _, _, path = disks
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("cache", ["writeback", "none"], indirect=True)
+def bench_read_compressed(disks, versus, cache, kind, nbytes):
+    _, _, packed = disks
+    path = packed[kind]
+    load = Load.sequential(nbytes, PACKED_SIZE // nbytes, PACKED_SIZE)
     race.make_warm(path, readahead=True)
-    load = Load.sequential(nbytes, 64 * MIB // nbytes, SIZE)
-    with qcow2x.open(path) as image:
 
-        def one_round():
+    def one_round():
+        if cache == "none":
+            race.make_cold(path)
+        # The clusters that were decoded last are an image's own.
+        with qcow2x.open(path, cache=cache) as image:
             ours = race.time_image_reads(load, image)
-            return {OURS: ours, QEMU: race.time_qemu(load, path, "writeback", write=False)}
+        return {OURS: ours, QEMU: race.time_qemu(load, path, cache, write=False)}
 
-        versus(
-            f"read {nbytes // KIB} KiB sequential, compressed clusters",
-            one_round,
-            requests=load.count,
-            tags={"work": "read compressed", "plot": "read"},
-        )
+    versus(
+        f"read {nbytes // KIB} KiB sequential, {cache}, compressed clusters ({kind})",
+        one_round,
+        requests=load.count,
+        tags={"work": "read compressed", "plot": "read" if cache == "writeback" else None},
+    )

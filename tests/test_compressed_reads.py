@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 import threading
 from pathlib import Path
 
 import pytest
+from support.packed import stream_of
 
 import qcow2x
 from qcow2x._core import compressed
@@ -66,18 +66,6 @@ def test_beside_what_is_not_compressed(packed: tuple[Path, bytes], tmp_path: Pat
         expected[2 * MIB : 2 * MIB + 3 * CLUSTER] = bytes(3 * CLUSTER)
         for at in range(0, SIZE, 999 * KIB):
             assert image.pread(SIZE - at, at) == expected[at:]
-
-
-def stream_of(path: Path, cluster: int) -> tuple[int, int]:
-    """Host offset and bytes of a compressed cluster's stream, of an image with one L2 table."""
-    raw = path.read_bytes()
-    (l1,) = struct.unpack_from(">Q", raw, 40)
-    (l2,) = struct.unpack_from(">Q", raw, l1)
-    (entry,) = struct.unpack_from(">Q", raw, (l2 & 0x00FFFFFFFFFFFE00) + 8 * cluster)
-    assert entry >> 62 & 1
-    shift = 62 - (16 - 8)
-    offset = entry & (1 << shift) - 1
-    return offset, ((entry >> shift & 0xFF) + 1) * 512 - offset % 512
 
 
 @pytest.mark.not_for_qemu("damaged")

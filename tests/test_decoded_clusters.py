@@ -61,13 +61,14 @@ def test_reads_of_a_page_after_another_fetch_each_cluster_once(
         assert storage.reads == before + 1, "a whole cluster"
         got = [image.pread(4 * KiB, at) for at in range(0, len(disk), 4 * KiB)]
         assert b"".join(got) == disk
-        # The first of the eight was there already.
-        assert storage.reads == before + 8
+        # The first of the eight was there already; of the others some come along with what is before them.
+        assert storage.reads <= before + 8
+        before = storage.reads
         # Forwards and backwards in two places by turns, as who copies.
         for at in range(0, CLUSTER, 512):
             assert image.pread(512, 6 * CLUSTER + at) == disk[6 * CLUSTER + at :][:512]
             assert image.pread(512, 4 * CLUSTER - 512 - at) == disk[4 * CLUSTER - 512 - at :][:512]
-        assert storage.reads == before + 8
+        assert storage.reads == before
 
 
 def test_what_failed_to_decode_is_not_kept(tmp_path: Path) -> None:

@@ -76,3 +76,37 @@ cdef void decoded_keep(q2_decoded *d, uint32_t slot, uint8_t *data, uint64_t hos
     d.slot[slot].lent = False
     pthread_mutex_unlock(&d.lock)
 
+
+cdef uint32_t decoded_most_ahead(size_t cluster_size) noexcept nogil:
+    return slots_of(cluster_size) // 2 - 1
+
+
+cdef uint32_t decoded_follow(q2_decoded *d, uint64_t first_cl, uint64_t end_cl,
+                             uint32_t most) noexcept nogil:
+    cdef q2_reader *r
+    cdef q2_reader *oldest = &d.reader[0]
+    cdef q2_reader *found = NULL
+    cdef uint32_t i, ahead = 0
+    if pthread_mutex_trylock(&d.lock) != 0:
+        return 0
+    for i in range(DECODED_READERS):
+        r = &d.reader[i]
+        # Clusters that are not compressed may lie in between, for who has been seen to read on.
+        if r.used and r.next_cl <= first_cl and first_cl - r.next_cl <= r.ahead:
+            found = r
+            ahead = min(2 * r.ahead + 1, most)
+            break
+        if r.used and first_cl < r.next_cl and r.next_cl - first_cl <= r.ahead:
+            found = r
+            ahead = min(r.ahead // 2, most)
+            break
+        if r.used < oldest.used:
+            oldest = r
+    if found is NULL:
+        found = oldest
+    d.turn += 1
+    found.used = d.turn
+    found.ahead = ahead
+    found.next_cl = end_cl + ahead
+    pthread_mutex_unlock(&d.lock)
+    return ahead

@@ -6,8 +6,8 @@ from libc.string cimport memset
 from qcow2x._core.batch cimport (batch_add, batch_begin, batch_end, batch_takes, q2_batch,
                                  q2_wanted)
 from qcow2x._core.chain cimport CHAIN_BLOCK_BITS, chain_known, chain_learn
-from qcow2x._core.compressed cimport read_compressed
-from qcow2x._core.errors cimport fail
+from qcow2x._core.compressed cimport MOST_PIECES, q2_piece, read_compressed, read_pieces
+from qcow2x._core.errors cimport last_error, q2_error, set_last_error
 from qcow2x._core.mapping cimport plan_one, plan_range
 from qcow2x._core.metadata cimport load_slice
 from qcow2x._core.plan cimport (Q2_KIND_COMPRESSED, Q2_KIND_DATA, Q2_KIND_UNALLOCATED,
@@ -190,6 +190,10 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
                          size_t depth) noexcept nogil:
     cdef q2_batch batch
     cdef q2_plan plan
+    cdef q2_piece piece[MOST_PIECES]        # of compressed clusters, read when there are as many
+    cdef size_t pieces = 0, failed = 0
+    cdef q2_error detail
+    cdef q2_status of_pieces
     cdef uint8_t *out
     cdef uint64_t pos, end
     cdef uint64_t epoch = q2_load(&img.epoch)
@@ -212,13 +216,33 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
                 if ext.kind == Q2_KIND_DATA and batch_takes(img, &batch, out, ext.nbytes,
                                                             ext.host_off):
                     st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i, 0)
+                elif ext.kind == Q2_KIND_COMPRESSED:
+                    piece[pieces].ext = ext[0]
+                    piece[pieces].out = out
+                    piece[pieces].request = i
+                    pieces += 1
                 else:
                     st = read_extent(img, ext, out, epoch)
+                if pieces == MOST_PIECES:
+                    pieces = 0
+                    failed = i
+                    st = read_pieces(img, piece, MOST_PIECES, epoch, &failed)
+                    if st != Q2_OK:
+                        i = failed
                 out += ext.nbytes
                 k += 1
             pos += plan.nbytes
         if st == Q2_OK:
             i += 1
+    if pieces:
+        # Of requests before the one that failed, or of that one's earlier part.
+        detail = last_error()
+        of_pieces = read_pieces(img, piece, pieces, epoch, &failed)
+        if of_pieces != Q2_OK:
+            st = of_pieces
+            i = failed
+        elif st != Q2_OK:
+            set_last_error(detail)
     st = batch_end(img, &batch, st, i)
     if entered:
         leave_request(img, parity)

@@ -178,7 +178,12 @@ cdef class ImageState(Storage):
     cdef q2_status shut_status      # how that one ended
 
     cdef q2_counters count          # for stats()
-    cdef uint64_t decode_ns         # that a compressed cluster takes, of late; atomic
+    # What a compressed cluster takes, of late: its thread, and of the whole request when one thread decoded
+    # it and when several did. Atomic.
+    cdef uint64_t decode_ns
+    cdef uint64_t alone_ns
+    cdef uint64_t shared_ns
+    cdef uint64_t share_turns
     cdef q2_decoded decoded
 
     cdef pthread_mutex_t commit
