@@ -45,13 +45,29 @@ def lookup_through_chain(folder: Path) -> int:
     return read_scattered(folder / "20")
 
 
-def read_scattered(path: Path) -> int:
+def lookup_of_two(folder: Path) -> int:
+    """The same, half of each read in one cluster and half in the next."""
+    qcow2x.create(folder / "disk", 1 << 30, preallocation="metadata")
+    return read_scattered(folder / "disk", CLUSTER - 256)
+
+
+def read_scattered(path: Path, skip: int = 0) -> int:
     """Of few enough places that the first visits, which load tables, do not count."""
     count = 8192
     buffer = bytearray(512)
     with qcow2x.open(path, references="follow") as image:
         for i in range(count):
-            image.preadinto(buffer, i * 37 % 64 * 512 * KIB)
+            image.preadinto(buffer, i * 37 % 64 * 512 * KIB + skip)
+    return count
+
+
+def rewrite(folder: Path) -> int:
+    """Scattered writes to clusters that are there, as scattered as those reads."""
+    count = 8192
+    qcow2x.create(folder / "disk", 1 << 30, preallocation="metadata")
+    with qcow2x.open(folder / "disk", "r+") as image:
+        for i in range(count):
+            image.pwrite(b"x" * 512, i * 37 % 64 * 512 * KIB)
     return count
 
 
@@ -97,8 +113,9 @@ def encode(level: int) -> int:
 
 #: What is counted: in which functions, and what calls them how often.
 PATHS = {
-    "lookup of a cluster": ("7mapping_plan_range", lookup),
+    "lookup of two clusters": ("7mapping_plan_range", lookup_of_two),
     "read of a cluster, without the system call's own": ("4read_read_guest", lookup),
+    "write to a cluster, without the system call's own": ("5write_write_guest", rewrite),
     "read through 20 layers that hold nothing": ("4read_read_guest", lookup_through_chain),
     "cluster handed out, refcount raised": ("5alloc_alloc_clusters", refcounts),
     "decode of a zlib cluster": ("5codec_decode_cluster", lambda _: decode(0)),
