@@ -12,6 +12,7 @@ cdef struct q2_chain:
     void **layer                # Storages, borrowed: the image keeps its backing chain alive. All but
                                 # the last are images that may be passed over
     uint32_t n
+    bint last_is_image
     uint64_t *slot              # (block + 1) << 16 | layers that hold nothing; NULL: nobody to pass
     uint64_t mask
 

@@ -290,6 +290,7 @@ cdef void add_ahead(ImageState img, q2_work *work, uint64_t first_cl, uint32_t n
     cdef uint64_t off = first_cl << img.geo.cluster_bits
     cdef uint64_t end = off + (<uint64_t>n << img.geo.cluster_bits)
     cdef uint64_t miss = 0
+    cdef uint8_t nothing = 0
     cdef size_t added = 0
     cdef int32_t i
     cdef q2_plan plan
@@ -303,15 +304,21 @@ cdef void add_ahead(ImageState img, q2_work *work, uint64_t first_cl, uint32_t n
         plan.n = 0
     pthread_rwlock_unlock(&img.meta)
     for i in range(plan.n):
-        if plan.extent[i].kind == Q2_KIND_COMPRESSED and added < MOST_AHEAD:
-            work.ahead[added].ext = plan.extent[i]
-            work.ahead[added].out = NULL
-            job = &work.job[work.n]
-            job.piece = &work.ahead[added]
-            job.n = 1
-            job.stream = NULL
-            added += 1
-            work.n += 1
+        if plan.extent[i].kind != Q2_KIND_COMPRESSED or added == MOST_AHEAD:
+            continue
+        work.ahead[added].ext = plan.extent[i]
+        # No byte of it: is it there?
+        work.ahead[added].ext.nbytes = 0
+        work.ahead[added].out = &nothing
+        if is_decoded(img, &work.ahead[added], 1):
+            continue
+        work.ahead[added].out = NULL
+        job = &work.job[work.n]
+        job.piece = &work.ahead[added]
+        job.n = 1
+        job.stream = NULL
+        added += 1
+        work.n += 1
 
 
 cdef void follow(ImageState img, q2_work *work, bint pays) noexcept nogil:

@@ -215,6 +215,7 @@ cdef class CoreImage(ImageState):
             raise MemoryError(f"{self.name}: no memory for a list of its layers")
         for i in range(len(layers)):
             listed[i] = <void *>layers[i]
+        self.below.last_is_image = isinstance(layers[len(layers) - 1], CoreImage)
         check_status(chain_init(&self.below, listed, <uint32_t>len(layers), self.disk_size),
                      self.name)
 

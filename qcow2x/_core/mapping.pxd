@@ -4,7 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from qcow2x._core.cache cimport cache_get, q2_slot
 from qcow2x._core.geometry cimport l1_index, l2_index
 from qcow2x._core.l2table cimport q2_l2e
-from qcow2x._core.plan cimport Q2_KIND_DATA, q2_plan
+from qcow2x._core.plan cimport Q2_KIND_DATA, Q2_KIND_UNALLOCATED, q2_plan
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.storage cimport q2_extent
@@ -12,8 +12,8 @@ from qcow2x._core.sync cimport q2_load
 from qcow2x._core.wire cimport (Q2_L1E_OFFSET_MASK, Q2_L2E_OFFSET_MASK, Q2_OFLAG_COMPRESSED,
                                 Q2_OFLAG_COPIED, Q2_OFLAG_ZERO, q2_load_be64)
 
-# meta, any side. What most requests want: one place inside one cluster that is simply there, its slice
-# cached. False: anything else, which plan_range sees to. Inline, and nothing in it that is rare: after a
+# meta, any side. What most requests want: one place inside one cluster that is simply there, or simply not
+# (Q2_KIND_DATA, Q2_KIND_UNALLOCATED), its slice cached. False: anything else, which plan_range sees to. Inline, and nothing in it that is rare: after a
 # system call little of the caller is left in the processor's nearest caches, so that the lines of code
 # that a request goes through cost more than what they do.
 cdef inline bint plan_one(ImageState img, uint64_t guest_off, uint64_t nbytes, q2_extent *ext) noexcept nogil:
@@ -27,23 +27,30 @@ cdef inline bint plan_one(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     if (in_cluster + nbytes > img.geo.cluster_size or img.geo.subclusters > 1 or img.geo.external_data
             or l1_idx >= img.l1_size):
         return False
+    ext.guest_off = guest_off
+    ext.nbytes = nbytes
+    ext.host_off = 0
+    ext.comp_bytes = 0
+    ext.kind = Q2_KIND_UNALLOCATED
+    ext.in_place = False
     l1e = img.l1[l1_idx]
     l2_off = l1e & Q2_L1E_OFFSET_MASK
-    if l2_off == 0 or l2_off & (img.geo.cluster_size - 1):
+    if l2_off == 0:
+        return True
+    if l2_off & (img.geo.cluster_size - 1):
         return False
     slot = cache_get(&img.l2, l2_off + in_table - in_slice)
     if slot is NULL:
         return False
     entry = q2_load_be64(slot.data + in_slice)
+    if entry == 0:
+        return True
     host_off = entry & Q2_L2E_OFFSET_MASK
     # No cluster is at 0, where the header is.
     if (entry & (Q2_OFLAG_COMPRESSED | Q2_OFLAG_ZERO) or host_off - 1 >= q2_load(&img.host_size) - 1
             or host_off & (img.geo.cluster_size - 1)):
         return False
-    ext.guest_off = guest_off
-    ext.nbytes = nbytes
     ext.host_off = host_off + in_cluster
-    ext.comp_bytes = 0
     ext.kind = Q2_KIND_DATA
     ext.in_place = entry & l1e & Q2_OFLAG_COPIED != 0
     return True

@@ -143,10 +143,27 @@ cdef q2_status plan_next(ImageState img, uint64_t guest_off, uint64_t nbytes, q2
         return st
 
 
-cdef inline bint read_here(ImageState img, void *buf, size_t nbytes,
-                           uint64_t guest_off) noexcept nogil:
-    """The commonest read of all: from the page cache, inside one cluster that is there. False: it is
-    another, or failed, and is to be made from its start."""
+cdef bint read_here_below(ImageState img, void *buf, size_t nbytes,
+                          uint64_t guest_off) noexcept nogil:
+    """What read_here finds nothing of: zeros, or what the layer has that may have something."""
+    cdef uint64_t block = guest_off >> CHAIN_BLOCK_BITS
+    cdef uint32_t passed = 0
+    if not has_backing(img):
+        memset(buf, 0, nbytes)
+        return True
+    if img.below.slot is not NULL and (
+            (guest_off + nbytes - 1) >> CHAIN_BLOCK_BITS != block
+            or not chain_known(&img.below, block, &passed)):
+        return False
+    if ((passed + 1 == img.below.n and not img.below.last_is_image)
+            or guest_off + nbytes > q2_load(&(<ImageState>img.below.layer[passed]).disk_size)):
+        return False
+    return read_here(<ImageState>img.below.layer[passed], buf, nbytes, guest_off)
+
+
+cdef bint read_here(ImageState img, void *buf, size_t nbytes, uint64_t guest_off) noexcept nogil:
+    """The commonest read of all: from the page cache, inside one cluster that is there, here or in a
+    layer below. False: it is another, or failed, and is to be made from its start."""
     cdef q2_extent ext
     cdef uint32_t parity = 0
     cdef bint goes
@@ -158,7 +175,10 @@ cdef inline bint read_here(ImageState img, void *buf, size_t nbytes,
     pthread_rwlock_unlock(&img.meta)
     if not goes:
         return False
-    goes = read_from_cache(<FileStorage>img.data, buf, nbytes, ext.host_off)
+    if ext.kind == Q2_KIND_DATA:
+        goes = read_from_cache(<FileStorage>img.data, buf, nbytes, ext.host_off)
+    else:
+        goes = read_here_below(img, buf, nbytes, guest_off)
     leave_request(img, parity)
     return goes
 
