@@ -5,7 +5,9 @@ Rewriting, all three write to the same blocks of the same file: an image whose c
 which is a raw disk from some offset on. Where on the host's disk a file lies makes a difference of up
 to 10 %, much more than there is to measure.
 
-The raw file's 32 requests at once come from 32 threads: os has no other way. QEMU and qcow2x are each
+The raw file is written by os.pwritev, as it is read by os.preadv; os.pwrite, without a list to take apart,
+is 0.08 us faster, which 4 KiB into the page cache (0.7 us) show and nothing else does. The raw file's 32
+requests at once come from 32 threads: os has no other way. QEMU and qcow2x are each
 asked in the way that serves them best on this machine."""
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ cdef inline uint32_t slots_of(size_t cluster_size) noexcept nogil:
 
 cdef void decoded_free(q2_decoded *d) noexcept nogil:
     cdef uint32_t i
-    for i in range(DECODED_SLOTS):
+    for i in range(<uint32_t>DECODED_SLOTS):
         free(d.slot[i].data)
 
 
@@ -33,7 +33,7 @@ cdef bint decoded_copy(q2_decoded *d, uint64_t host_off, uint32_t comp_bytes, ui
     cdef bint found = False
     if pthread_mutex_trylock(&d.lock) != 0:
         return False
-    for i in range(DECODED_SLOTS):
+    for i in range(<uint32_t>DECODED_SLOTS):
         if (d.slot[i].comp_bytes == comp_bytes and d.slot[i].host_off == host_off
                 and d.slot[i].epoch == epoch and d.slot[i].data is not NULL):
             d.turn += 1
@@ -89,7 +89,7 @@ cdef uint32_t decoded_follow(q2_decoded *d, uint64_t first_cl, uint64_t end_cl,
     cdef uint32_t i, ahead = 0
     if pthread_mutex_trylock(&d.lock) != 0:
         return 0
-    for i in range(DECODED_READERS):
+    for i in range(<uint32_t>DECODED_READERS):
         r = &d.reader[i]
         # Clusters that are not compressed may lie in between, for who has been seen to read on.
         if r.used and r.next_cl <= first_cl and first_cl - r.next_cl <= r.ahead:

@@ -2,15 +2,14 @@
 # backing chain is just storages over storages) for the guest disk of an open image.
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from posix.types cimport off_t
 from posix.uio cimport iovec
 
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.sync cimport pthread_mutex_t, q2_add, q2_raise_to
 
-cdef extern from "<unistd.h>" nogil:
-    ssize_t c_pread "pread"(int fd, void *buf, size_t n, off_t off)
-    ssize_t c_pwrite "pwrite"(int fd, const void *buf, size_t n, off_t off)
+cdef extern from "qcow2x/positional.h" nogil:
+    ssize_t q2_pread(int fd, void *buf, size_t nbytes, uint64_t off)
+    ssize_t q2_pwrite(int fd, const void *buf, size_t nbytes, uint64_t off)
 
 cdef extern from "qcow2x/plan.h" nogil:
     ctypedef struct q2_extent:
@@ -109,12 +108,12 @@ cdef class FileStorage(Storage):
 # of it, or not at all, which read_at and write_at see to from the start.
 cdef inline bint read_from_cache(FileStorage self, void *buf, size_t nbytes,
                                  uint64_t off) noexcept nogil:
-    return c_pread(self.fd, buf, nbytes, off) == <ssize_t>nbytes
+    return q2_pread(self.fd, buf, nbytes, off) == <ssize_t>nbytes
 
 cdef inline bint write_to_cache(FileStorage self, const void *buf, size_t nbytes,
                                 uint64_t off) noexcept nogil:
     if (self.durable_writes or self.read_only
-            or c_pwrite(self.fd, buf, nbytes, off) != <ssize_t>nbytes):
+            or q2_pwrite(self.fd, buf, nbytes, off) != <ssize_t>nbytes):
         return False
     q2_raise_to(&self.file_size, off + nbytes)
     q2_add(&self.write_seq, 1)

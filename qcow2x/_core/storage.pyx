@@ -83,6 +83,8 @@ cdef extern from "qcow2x/hostfile.h" nogil:
     struct c_stat "stat":
         off_t st_size
     int c_fstat "fstat"(int fd, c_stat *st)
+    ssize_t c_pread "pread"(int fd, void *buf, size_t n, off_t off)
+    ssize_t c_pwrite "pwrite"(int fd, const void *buf, size_t n, off_t off)
     ssize_t c_pwritev2 "pwritev2"(int fd, const iovec *iov, int n, off_t off, int flags)
     int c_fdatasync "fdatasync"(int fd)
     int c_ftruncate "ftruncate"(int fd, off_t n)
