@@ -8,7 +8,7 @@ from qcow2x._core.sync cimport pthread_mutex_t
 cdef enum:
     DECODED_SLOTS = 16
     DECODED_READERS = 4
-    MOST_AHEAD = DECODED_SLOTS // 2 - 1
+    MOST_AHEAD = 7              # DECODED_SLOTS / 2 - 1
 
 cdef struct q2_decoded_slot:
     uint8_t *data               # a cluster; NULL: none yet, or lent out
