@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from loads import WAYS, Way, by_threads, fastest_way, many_at_once, side_by_side
+from loads import many_at_once, one_call, side_by_side
 from table import KIB, MIB, OURS, QEMU, RAW, Round
 
 import qcow2x
@@ -16,6 +16,8 @@ from qcow2x.demo.race import Load
 
 SIZE = 256 * MIB
 CHAIN = 50
+#: From here on all requests are in one call; a few at a time come from as many threads.
+MANY = 32
 PACKED = ("half zeros", "dense")
 PACKED_SIZE = 64 * MIB
 
@@ -45,7 +47,7 @@ def disks(folder):
         path.unlink()
 
 
-def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int, way: Way):
+def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int):
     if depth == 1:
         return side_by_side(
             load,
@@ -54,10 +56,15 @@ def time_both(load: Load, image: qcow2x.Image, fd: int, depth: int, turn: int, w
             lambda part: race.time_raw_reads(part, fd),
             stretch=1,
         )
+    ours = (
+        (lambda part: one_call(part, image.preadv_many, depth))
+        if depth >= MANY
+        else (lambda part: many_at_once(part, image.preadinto, depth))
+    )
     return side_by_side(
         load,
         turn,
-        lambda part: way(part, image.preadinto, image.preadv_many, depth),
+        ours,
         lambda part: many_at_once(part, lambda buf, off: os.preadv(fd, [buf], off), depth),
         stretch=16 * depth,
     )
@@ -81,7 +88,7 @@ def ids(case):
     return f"{nbytes // KIB}k-{pattern}-depth{depth}"
 
 
-def compare_reads(disks, versus, case, cache, aio):
+def compare_reads(disks, versus, qemu, case, cache):
     nbytes, pattern, count, depth = case
     raw, path, _ = disks
     load = getattr(Load, pattern)(nbytes, count, SIZE)
@@ -91,21 +98,20 @@ def compare_reads(disks, versus, case, cache, aio):
     fd = race.open_raw(raw, cache)
     turns = iter(range(1 << 20))
     with qcow2x.open(path, cache=cache) as image:
-        way = by_threads
-        if depth == 32:
-            way = fastest_way(lambda way: way(load, image.preadinto, image.preadv_many, depth))
+
+        def time_qemu(aio):
+            return qemu.time(load, path, cache, write=False, aio=aio, depth=depth)
+
+        aio = qemu.fastest_aio(cache, time_qemu)
 
         def one_round():
-            pairs = time_both(load, image, fd, depth, next(turns), way)
-            this = Round.of(RAW, pairs, alike=True)
-            qemu = race.time_qemu(load, path, cache, write=False, aio=aio, depth=depth)
-            this.seconds[QEMU] = qemu
+            this = Round.of(RAW, time_both(load, image, fd, depth, next(turns)), alike=True)
+            this.seconds[QEMU] = time_qemu(aio)
             return this
 
         size = f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
         versus(
-            f"read {size} {pattern}, {'cached' if warm else 'O_DIRECT'}, depth {depth}"
-            + WAYS[way],
+            f"read {size} {pattern}, {'cached' if warm else 'O_DIRECT'}, depth {depth}",
             one_round,
             requests=load.count,
             tags={"work": "read", "nbytes": nbytes, "pattern": pattern, "warm": warm,
@@ -115,18 +121,18 @@ def compare_reads(disks, versus, case, cache, aio):
 
 
 @pytest.mark.parametrize("case", WARM, ids=ids)
-def bench_read_cached(disks, versus, case):
-    compare_reads(disks, versus, case, "writeback", "threads")
+def bench_read_cached(disks, versus, qemu, case):
+    compare_reads(disks, versus, qemu, case, "writeback")
 
 
 @pytest.mark.parametrize("case", COLD, ids=ids)
 @pytest.mark.parametrize("cache", ["none"], indirect=True)
-def bench_read_cold(disks, versus, folder, case, cache):
-    compare_reads(disks, versus, case, cache, race.fastest_qemu_aio(folder, cache))
+def bench_read_cold(disks, versus, qemu, case, cache):
+    compare_reads(disks, versus, qemu, case, cache)
 
 
 @pytest.mark.parametrize("depth", [2, CHAIN])
-def bench_read_through_chain(disks, versus, folder, depth):
+def bench_read_through_chain(disks, versus, qemu, folder, depth):
     """Nothing is in the overlays: each read passes through all of their mappings."""
     _, path, _ = disks
     load = Load.scattered(4 * KIB, 20_000, SIZE)
@@ -148,7 +154,7 @@ def bench_read_through_chain(disks, versus, folder, depth):
                 stretch=1,
             )
             this = Round.of("depth 1", pairs, alike=True)
-            this.seconds[QEMU] = race.time_qemu(load, below, "writeback", write=False)
+            this.seconds[QEMU] = qemu.time(load, below, "writeback", write=False)
             return this
 
         versus(
@@ -164,7 +170,7 @@ def bench_read_through_chain(disks, versus, folder, depth):
 @pytest.mark.parametrize("nbytes", [4 * KIB, 64 * KIB, MIB], ids=["4k", "64k", "1m"])
 @pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("cache", ["writeback", "none"], indirect=True)
-def bench_read_compressed(disks, versus, cache, kind, nbytes):
+def bench_read_compressed(disks, versus, qemu, cache, kind, nbytes):
     _, _, packed = disks
     path = packed[kind]
     load = Load.sequential(nbytes, PACKED_SIZE // nbytes, PACKED_SIZE)
@@ -176,7 +182,7 @@ def bench_read_compressed(disks, versus, cache, kind, nbytes):
         # The clusters that were decoded last are an image's own.
         with qcow2x.open(path, cache=cache) as image:
             ours = race.time_image_reads(load, image)
-        return {OURS: ours, QEMU: race.time_qemu(load, path, cache, write=False)}
+        return {OURS: ours, QEMU: qemu.time(load, path, cache, write=False)}
 
     versus(
         f"read {nbytes // KIB} KiB sequential, {cache}, compressed clusters ({kind})",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,53 +19,18 @@ class Many(Protocol):
     def __call__(self, requests: list[tuple[memoryview, int]], *, depth: int) -> object: ...
 
 
-#: A way to have *depth* requests of a load under way, by an image's verbs for one and for many.
-Way = Callable[[Load, One, Many, int], float]
-CALLERS = 4
-
-
 def many_at_once(load: Load, send: One, depth: int) -> float:
-    """Seconds for all requests of *load* with *depth* of them under way, by as many threads. The same
-    for a raw file and for an image, so that what the interpreter costs is the same, too."""
+    """Seconds for all requests of *load* with *depth* of them under way, by as many threads."""
     requests = list(zip(load.buffers, load.offsets, strict=True))
     return shared_out(requests, lambda request: send(*request), depth)
 
 
-def calls_of_many(load: Load, send: Many, depth: int, *, callers: int = 1) -> float:
-    """Seconds for all requests of *load*, *depth* of them under way in the calls of *callers* threads,
-    one each."""
+def one_call(load: Load, send: Many, depth: int) -> float:
+    """Seconds for all requests of *load* in one call, *depth* of them under way."""
     requests = list(zip(load.buffers, load.offsets, strict=True))
-    calls = [requests[i::callers] for i in range(callers)]
-    return shared_out(calls, lambda call: send(call, depth=depth // callers), callers)
-
-
-def by_threads(load: Load, one: One, many: Many, depth: int) -> float:
-    return many_at_once(load, one, depth)
-
-
-def by_one_call(load: Load, one: One, many: Many, depth: int) -> float:
-    return calls_of_many(load, many, depth)
-
-
-def by_callers(load: Load, one: One, many: Many, depth: int) -> float:
-    return calls_of_many(load, many, depth, callers=CALLERS)
-
-
-#: What is said of each way after the name of a row.
-WAYS: dict[Way, str] = {
-    by_threads: "",
-    by_one_call: ", in one call",
-    by_callers: f", in calls of {CALLERS} threads",
-}
-
-
-def fastest_way(run: Callable[[Way], float]) -> Way:
-    """The way that serves an image best, by the medians of some rounds in each."""
-    times: dict[Way, list[float]] = {way: [] for way in WAYS}
-    # Who is tried first meets a disk that is still busy with what came before.
-    for way in [*WAYS, *reversed(WAYS)] * 2:
-        times[way].append(run(way))
-    return min(WAYS, key=lambda way: statistics.median(times[way]))
+    start = time.perf_counter()
+    send(requests, depth=depth)
+    return time.perf_counter() - start
 
 
 class Team:

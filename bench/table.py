@@ -16,7 +16,7 @@ class Round:
     """Who took how many seconds, ours under "qcow2x"."""
 
     seconds: dict[str, float]
-    #: Of work in which one stretch is like the other: our time and a baseline's for each stretch in
+    #: By baseline, of work in which one stretch is like the other: our time and its for each stretch in
     #: which both took their turns. What grows is not such work: some of it pays for the rest.
     stretches: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
@@ -40,7 +40,12 @@ class Row:
 
     def ratios(self, baseline: str) -> list[float]:
         """Our time over the baseline's, round by round."""
-        return [one.seconds[OURS] / one.seconds[baseline] for one in self.rounds]
+        ratios = []
+        for one in self.rounds:
+            pairs = one.stretches.get(baseline, [(one.seconds[OURS], one.seconds[baseline])])
+            ours, theirs = (sum(seconds) for seconds in zip(*pairs, strict=True))
+            ratios.append(ours / theirs)
+        return ratios
 
     def measured(self, baseline: str) -> list[float]:
         """The ratios of all stretches where they are alike, else of the rounds.
@@ -61,13 +66,13 @@ class Row:
         return statistics.median(self.measured(baseline))
 
     def uncertainty(self, baseline: str) -> float:
-        """How far the median may be off, at 95 %: half of the span of the order statistics that have it
-        between them, in parts of it."""
+        """How far the ratio may be off, at 95 %: half of the span of the order statistics that have the
+        median between them."""
         ratios = sorted(self.measured(baseline))
         reach = 0.98 * math.sqrt(len(ratios))
         low = max(0, math.floor(len(ratios) / 2 - reach))
         high = min(len(ratios) - 1, math.ceil(len(ratios) / 2 + reach))
-        return (ratios[high] - ratios[low]) / 2 / statistics.median(ratios)
+        return (ratios[high] - ratios[low]) / 2
 
     def spread(self, baseline: str) -> str:
         ratios = self.ratios(baseline)

@@ -133,6 +133,45 @@ def test_a_bound_on_what_is_under_way(chain: Path, cache: str, depth: int) -> No
     assert all(buffer == content[off : off + 4096] for buffer, off in wanted)
 
 
+class Below:
+    """A backing file in Python, which itself has many reads under way when it is asked."""
+
+    def __init__(self, image: qcow2x.Image) -> None:
+        self.image = image
+        self.asked = 0
+
+    def size(self) -> int:
+        return self.image.size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        self.asked += 1
+        half = bytearray(length // 2), bytearray(length - length // 2)
+        self.image.preadv_many([(half[0], offset), (half[1], offset + len(half[0]))])
+        return bytes(half[0] + half[1])
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_many_within_many(tmp_path: Path, cache: str) -> None:
+    """A ring serves one call at a time."""
+    base, same, top = tmp_path / "base.raw", tmp_path / "same.qcow2", tmp_path / "top.qcow2"
+    base.write_bytes(noise(0, 4 * MiB, 1))
+    qcow2x.convert(base, same, src_format="raw")
+    qcow2x.create(top, backing_file=base, backing_format="raw")
+    with qcow2x.open(same, cache=cache) as lower:
+        below = Below(lower)
+        with qcow2x.open(top, "r+", cache=cache, backing=below) as image:
+            for off in range(0, 4 * MiB, 128 * KiB):
+                image.pwrite(noise(off, 64 * KiB, 2), off)
+            content = image.pread(4 * MiB, 0)
+            below.asked = 0
+            wanted = [(bytearray(8 * KiB), off) for off in range(0, 4 * MiB, 8 * KiB)]
+            random.Random(0).shuffle(wanted)
+            image.preadv_many(wanted)
+            assert below.asked
+    assert content[: 128 * KiB] == noise(0, 64 * KiB, 2) + noise(0, 4 * MiB, 1)[64 * KiB : 128 * KiB]
+    assert all(buffer == content[off : off + 8 * KiB] for buffer, off in wanted)
+
+
 @pytest.mark.parametrize("depth", [0, -1, 65, 1 << 70])
 def test_a_depth_out_of_range(chain: Path, depth: int) -> None:
     with qcow2x.open(chain, references="follow") as image:

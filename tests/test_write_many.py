@@ -197,6 +197,53 @@ def test_threads_that_allocate_many_at_a_time(
                 assert image.pread(size, off) == stamped(off, size, number)
 
 
+@pytest.mark.parametrize("cache", ["none", "directsync", "writethrough"])
+def test_writes_of_all_kinds_in_one_call(tmp_path: Path, cache: str) -> None:
+    """In place, to nothing, off the alignment, from several threads: who has some under way waits for
+    nobody else's."""
+    path = tmp_path / "image"
+    slot, slots = 8 * KiB, 2048
+    model = bytearray(slot * slots)
+    qcow2x.create(path, len(model))
+    failures = []
+
+    def work(number: int) -> None:
+        try:
+            rng = random.Random(number)
+            for turn in range(4):
+                mine = list(range(number, slots, 4))
+                rng.shuffle(mine)
+                requests = []
+                for place in mine:
+                    low, size = place * slot, slot
+                    if rng.random() < 0.02:
+                        low, size = low + rng.randrange(4000), rng.randrange(1, 4000)
+                    elif rng.random() < 0.1:
+                        continue
+                    data = mmap.mmap(-1, size)
+                    data[:] = noise(low, size, turn)
+                    requests.append((data, low))
+                image.pwritev_many(requests)
+                for data, low in requests:
+                    model[low : low + len(data)] = data
+        except BaseException as exc:
+            failures.append(exc)
+
+    with qcow2x.open(path, "r+", cache=cache) as image:
+        # Half of it is there from the beginning.
+        for place in range(0, slots, 16):
+            image.pwrite(bytes(8 * slot), place * slot)
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert image.pread(len(model), 0) == model
+    check_clean(path)
+    compare_bytes(path, bytes(model))
+
+
 NO_MORE_THAN = """
 import mmap, resource, signal, sys
 import qcow2x

@@ -1,6 +1,6 @@
 # Copy-on-write: what a write to part of a cluster adds around its own bytes.
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
@@ -18,6 +18,7 @@ cdef q2_status writes_alone(ImageState img, const q2_cow *cow, bint fresh,
                             bint *alone) noexcept nogil
 
 # No lock held. Writes head, data and tail as one vector to host_off (the place of the head), the
-# old guest bytes around the data read first.
+# old guest bytes around the data read first; `flags` of writev_at.
 cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,
-                              size_t data_bytes, uint64_t host_off, bint fresh) noexcept nogil
+                              size_t data_bytes, uint64_t host_off, bint fresh,
+                              uint32_t flags) noexcept nogil

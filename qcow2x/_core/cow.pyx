@@ -10,7 +10,6 @@ from qcow2x._core.scratch cimport scratch_give, scratch_take, zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport is_encrypted
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED
 from qcow2x._core.sync cimport q2_load
 
 
@@ -81,7 +80,8 @@ cdef q2_status writes_alone(ImageState img, const q2_cow *cow, bint fresh,
 
 
 cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *data,
-                              size_t data_bytes, uint64_t host_off, bint fresh) noexcept nogil:
+                              size_t data_bytes, uint64_t host_off, bint fresh,
+                              uint32_t flags) noexcept nogil:
     cdef q2_side head, tail
     cdef uint64_t end = q2_load(&img.disk_size)
     cdef iovec iov[3]
@@ -113,11 +113,11 @@ cdef q2_status write_with_cow(ImageState img, const q2_cow *cow, const uint8_t *
         n = add_side(iov, n, &tail)
         site = Q2_SITE_DATA_WRITE if n == 1 else Q2_SITE_COW_WRITE
         if is_encrypted(img):
-            st = write_encrypted(img, site, iov, n, host_off, cow.head_off, WRITE_DEFERRED)
+            st = write_encrypted(img, site, iov, n, host_off, cow.head_off, flags)
         elif n:
             if img.file.listens and img.data is not img.file:
                 img.file.reach(site)
-            st = img.data.writev_at(site, iov, n, host_off, WRITE_DEFERRED)
+            st = img.data.writev_at(site, iov, n, host_off, flags)
     scratch_give(head.scratch, head.nbytes)
     scratch_give(tail.scratch, tail.nbytes)
     return st

@@ -193,7 +193,7 @@ cdef q2_status write_zeros(ImageState img, uint64_t guest_off, uint64_t end) noe
         if ext.kind != Q2_KIND_ZERO and (ext.kind != Q2_KIND_UNALLOCATED or has_backing(img)):
             if n > ZEROS_BYTES:
                 n = ZEROS_BYTES
-            st = write_guest(img, zeros(), n, guest_off, False, 1)
+            st = write_guest(img, zeros(), n, guest_off, False)
             if st != Q2_OK:
                 return st
         guest_off += n

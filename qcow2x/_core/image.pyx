@@ -260,7 +260,7 @@ cdef class CoreImage(ImageState):
         Returns a list with the bytes read of each, as :meth:`preadinto` would. Reads of the image's
         file are under way together, at most ``depth`` of them (1 to 64) at once, by io_uring or, where
         the kernel does not let us, by threads: an O_DIRECT image gains most, and more from one call
-        with hundreds of requests than from many calls. The first failure in their order raises; what the other
+        with hundreds of requests than from many calls. They are made in the order of their places on the host. The first failure in their order raises; what the other
         buffers then hold is not said. Buffers must not overlap.
         """
         cdef size_t under_way = door_depth(depth)
@@ -292,7 +292,7 @@ cdef class CoreImage(ImageState):
         st = self._inside(off, view.len)
         if st == Q2_OK:
             with nogil:
-                st = write_guest(self, view.buf, view.len, off, fua, 1)
+                st = write_guest(self, view.buf, view.len, off, fua)
         cdef Py_ssize_t n = view.len
         PyBuffer_Release(&view)
         if st != Q2_OK:
@@ -302,10 +302,10 @@ cdef class CoreImage(ImageState):
     def pwritev_many(self, requests, *, bint fua=False, depth=MOST_UNDER_WAY):
         """Serves many writes in one call: ``requests`` is a sequence of ``(data, offset)``.
 
-        Returns a list with the length of each. What lies in the image's file as it is, is under way
-        together, at most ``depth`` of it (1 to 64) at once, by io_uring or, where the kernel does not
-        let us, by threads; one flush makes durable
-        what allocates, if it is to be. Durable as :meth:`pwrite` says. Raises what that
+        Returns a list with the length of each. What goes past the page cache into the image's file as it is,
+        is under way together, at most ``depth`` of it (1 to 64) at once, by io_uring or, where the kernel
+        does not let us, by threads. Durable as :meth:`pwrite` says, by one flush for all; if that fails the
+        image is broken, as after a failed :meth:`flush`. Raises what :meth:`pwrite`
         raises, ValueError before anything is written; of other failures the first in their order, and
         what of the others was written is not said. The ranges must not overlap.
         """
@@ -373,7 +373,7 @@ cdef class CoreImage(ImageState):
             if st == Q2_OK:
                 st = write_encoded(self, scratch, <uint32_t>encoded, off + done)
             elif st == Q2_INCOMPRESSIBLE:
-                st = write_guest(self, data + done, n, off + done, False, 1)
+                st = write_guest(self, data + done, n, off + done, False)
             done += n
         scratch_give(scratch, 2 * size)
         if st == Q2_OK and self.durable:
@@ -424,7 +424,7 @@ cdef class CoreImage(ImageState):
                 continue
             if lengths[i] == 0:
                 n = plain_bytes - at if plain_bytes - at < size else size
-                st = write_guest(self, plain + at, n, off + at, False, 1)
+                st = write_guest(self, plain + at, n, off + at, False)
             else:
                 st = write_encoded(self, stream, lengths[i], off + at)
                 stream += lengths[i]
@@ -1007,7 +1007,7 @@ cdef class CoreImage(ImageState):
                             uint32_t flags) noexcept nogil:
         cdef q2_status st = self._inside(off, nbytes)
         if st == Q2_OK:
-            st = write_guest(self, buf, nbytes, off, (flags & WRITE_FUA) != 0, 1)
+            st = write_guest(self, buf, nbytes, off, (flags & WRITE_FUA) != 0)
         if st == Q2_OK:
             self.note_write()
         return st

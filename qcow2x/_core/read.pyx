@@ -223,7 +223,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
     cdef int32_t k
     cdef const q2_extent *ext
     cdef q2_status st = Q2_OK
-    batch_begin(img, &batch, n, depth, False, 0)
+    batch_begin(img, &batch, n, depth, False)
     while i < n and st == Q2_OK:
         out = <uint8_t *>wanted[i].buf
         pos = wanted[i].guest_off
@@ -235,7 +235,7 @@ cdef q2_status read_many(ImageState img, const q2_wanted *wanted, size_t n,
                 ext = &plan.extent[k]
                 if ext.kind == Q2_KIND_DATA and batch_takes(img, &batch, out, ext.nbytes,
                                                             ext.host_off):
-                    st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i, 0)
+                    st = batch_add(img, &batch, out, ext.nbytes, ext.host_off, i)
                 elif ext.kind == Q2_KIND_COMPRESSED:
                     piece[pieces].ext = ext[0]
                     piece[pieces].out = out

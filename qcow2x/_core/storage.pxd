@@ -25,6 +25,8 @@ cdef enum:
     WRITE_FUA = 1        # durable when the call returns (RWF_DSYNC)
     WRITE_DEFERRED = 2   # a sync follows: do not make this one durable by itself, whatever the
                          # cache mode says (loses against WRITE_FUA)
+    WRITE_SOON = 4       # where it is not durable by itself: others come before the sync. If it is
+                         # long, the disk may begin with it
     # Flags of zero_range.
     ZERO_MAY_UNMAP = 1   # a hole will do; without it the range stays allocated
 

@@ -73,6 +73,7 @@ cdef extern from "qcow2x/hostfile.h" nogil:
         FALLOC_FL_ZERO_RANGE
         SEEK_DATA
         SEEK_HOLE
+        SYNC_FILE_RANGE_WRITE
     char q2_zeros[]
     int64_t q2_device_size(int fd)
     void q2_direct_alignment(int fd, int is_device, uint32_t *memory, uint32_t *offset)
@@ -89,6 +90,7 @@ cdef extern from "qcow2x/hostfile.h" nogil:
     int c_fdatasync "fdatasync"(int fd)
     int c_ftruncate "ftruncate"(int fd, off_t n)
     int c_fallocate "fallocate"(int fd, int mode, off_t off, off_t n)
+    int c_sync_file_range "sync_file_range"(int fd, off_t off, off_t n, unsigned int flags)
     int c_close "close"(int fd)
     int posix_memalign(void **p, size_t align, size_t n)
 
@@ -106,6 +108,7 @@ cdef enum:
     # Up to here one copied transfer is cheaper than separate ones for edges and middle.
     SPLIT_BYTES = 128 << 10
     IOV_BATCH = 64
+    LONG_BYTES = 64 << 10
     GATHER_BYTES = 1 << 20
 
 
@@ -548,6 +551,8 @@ cdef class FileStorage(Storage):
         hold_edges(self, True)
         rc = pwrite_all(self, site, <const char *>buf, nbytes, off, &dsync)
         release_edges(self)
+        if flags & WRITE_SOON and not durable:
+            begin_to_write_out(self, nbytes, off)
         return wrote(self, site, off + nbytes, durable, dsync) if rc == Q2_OK and nbytes else rc
 
     cdef q2_status writev_at(self, int32_t site, const iovec *iov, int iovcnt, uint64_t off,
@@ -563,6 +568,8 @@ cdef class FileStorage(Storage):
             # More than one transfer is made durable by one sync at the end, not one by one.
             dsync = dsync and iovcnt <= IOV_BATCH
             rc = pwritev_all(self, site, iov, iovcnt, off, &dsync)
+            if flags & WRITE_SOON and not durable:
+                begin_to_write_out(self, nbytes, off)
         else:
             rc = write_direct(self, site, iov, iovcnt, nbytes, off, &dsync)
         return wrote(self, site, off + nbytes, durable, dsync) if rc == Q2_OK else rc
@@ -795,6 +802,13 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
         off += done
         q2_iov_advance(&at, done)
     return Q2_OK
+
+
+cdef inline void begin_to_write_out(FileStorage self, size_t nbytes, uint64_t off) noexcept nogil:
+    """A hint: the sync that follows waits for it, and tells what went wrong. 1 MiB at a time, 32 of them to a
+    sync, took 2.2 ms instead of 2.8; 4 KiB at a time, which the sync could make one transfer of, nothing less."""
+    if self.bounce is NULL and nbytes >= LONG_BYTES and not self.ignore_sync:
+        c_sync_file_range(self.fd, off, nbytes, SYNC_FILE_RANGE_WRITE)
 
 
 cdef inline bint is_durable(FileStorage self, uint32_t flags) noexcept nogil:

@@ -55,7 +55,7 @@ cdef q2_status save_cluster(ImageState img, const uint8_t *data, uint64_t nbytes
     st = read_vmstate(img, cluster, img.geo.cluster_size, off - skip)
     if st == Q2_OK:
         memcpy(cluster + skip, data, nbytes)
-        st = write_guest(img, cluster, img.geo.cluster_size, off - skip, False, 1)
+        st = write_guest(img, cluster, img.geo.cluster_size, off - skip, False)
     scratch_give(cluster, img.geo.cluster_size)
     return st
 
@@ -76,7 +76,7 @@ cdef q2_status save_vmstate(ImageState img, const void *buf, size_t nbytes,
         skip = off & (size - 1)
         if skip == 0 and left >= size:
             n = left & ~(size - 1)
-            st = write_guest(img, data, n, off, False, 1)
+            st = write_guest(img, data, n, off, False)
         else:
             n = size - skip if size - skip < left else left
             st = save_cluster(img, data, n, off)

@@ -29,8 +29,8 @@ from qcow2x._core.scratch cimport zeros
 from qcow2x._core.sectors cimport write_encrypted
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, ZERO_MAY_UNMAP, FileStorage, q2_extent,
-                                   write_to_cache)
+from qcow2x._core.storage cimport (WRITE_DEFERRED, WRITE_FUA, WRITE_SOON, ZERO_MAY_UNMAP,
+                                   FileStorage, q2_extent, write_to_cache)
 from qcow2x._core.sync cimport *
 from qcow2x._core.wire cimport Q2_BITMAP_ALL_ALLOC, Q2_BITMAP_ALL_ZERO, Q2_OFLAG_COPIED, Q2_OFLAG_ZERO
 
@@ -354,24 +354,25 @@ cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nby
     return begin_write(img, guest_off, nbytes, wait, w)
 
 
-cdef q2_status end_allocating(ImageState img, q2_write *w, const uint8_t *data,
+cdef q2_status end_allocating(ImageState img, q2_write *w, const uint8_t *data, uint32_t flags,
                               uint64_t *done) noexcept nogil:
     cdef q2_status st = write_with_cow(
         img, &w.cow, data, w.data_bytes,
-        w.host_off + (w.cow.head_off - (w.owned.first_cl << img.geo.cluster_bits)), w.fresh)
+        w.host_off + (w.cow.head_off - (w.owned.first_cl << img.geo.cluster_bits)), w.fresh,
+        WRITE_DEFERRED | flags)
     st = finish(img, w, st)
     done[0] = w.data_bytes if st == Q2_OK else 0
     return st
 
 
 cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
-                                uint64_t guest_off, uint64_t at_once,
+                                uint64_t guest_off, uint32_t flags, uint64_t at_once,
                                 uint64_t *done) noexcept nogil:
     cdef q2_write w
     cdef q2_status st = begin_allocating(img, guest_off, nbytes, at_once, True, &w)
     done[0] = 0
     if st == Q2_OK and w.what != IN_PLACE:
-        st = end_allocating(img, &w, data, done)
+        st = end_allocating(img, &w, data, flags & WRITE_SOON, done)
     return st
 
 
@@ -399,7 +400,7 @@ cdef inline bint continues_in_kept(ImageState img, const q2_plan *plan) noexcept
 
 
 cdef q2_status plan_in_place(ImageState img, uint64_t guest_off, uint64_t nbytes, bint alone,
-                             bint *entered, uint32_t *parity, q2_plan *plan,
+                             bint wait, bint *entered, uint32_t *parity, q2_plan *plan,
                              int32_t *leading) noexcept nogil:
     """Plans the part of the request that leads it and needs no metadata, the first *leading extents,
     maybe none. Unless `alone` it leaves to write_allocating what makes one write with what follows
@@ -408,7 +409,10 @@ cdef q2_status plan_in_place(ImageState img, uint64_t guest_off, uint64_t nbytes
     cdef q2_status st
     leading[0] = 0
     while True:
-        pthread_rwlock_rdlock(&img.meta)
+        if wait:
+            pthread_rwlock_rdlock(&img.meta)
+        elif not entered[0] or pthread_rwlock_tryrdlock(&img.meta) != 0:
+            return Q2_BUSY
         st = Q2_OK
         if not entered[0]:
             st = enter_write(img, parity)
@@ -423,6 +427,8 @@ cdef q2_status plan_in_place(ImageState img, uint64_t guest_off, uint64_t nbytes
         elif st == Q2_BUSY:
             turn = room_enter(img)
         pthread_rwlock_unlock(&img.meta)
+        if not wait and st == Q2_MISS:
+            return Q2_BUSY
         if st == Q2_BUSY:
             st = wait_at_gate(img, turn)
             if st == Q2_OK:
@@ -457,7 +463,8 @@ cdef q2_status write_in_place(ImageState img, const uint8_t *data, uint64_t nbyt
                               uint32_t *parity, uint64_t *done) noexcept nogil:
     cdef q2_plan plan
     cdef int32_t leading = 0, i
-    cdef q2_status st = plan_in_place(img, guest_off, nbytes, alone, entered, parity, &plan, &leading)
+    cdef q2_status st = plan_in_place(img, guest_off, nbytes, alone, True, entered, parity, &plan,
+                                      &leading)
     done[0] = 0
     for i in range(leading):
         if st == Q2_OK:
@@ -494,21 +501,20 @@ cdef inline bint write_here(ImageState img, const void *buf, size_t nbytes,
     return goes
 
 
-cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
-                           bint fua, uint64_t at_once) noexcept nogil:
+cdef q2_status write_range(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
+                           uint32_t flags, uint64_t at_once) noexcept nogil:
     cdef const uint8_t *data = <const uint8_t *>buf
-    cdef bint durable = fua or img.durable
-    cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
     cdef uint64_t left = nbytes, start = guest_off, done
     cdef uint32_t parity = 0
     cdef bint entered = False, alone = False
     cdef q2_status st = may_write(img)
-    if st == Q2_OK and not durable and nbytes and write_here(img, buf, nbytes, guest_off):
+    if (st == Q2_OK and not flags & WRITE_FUA and nbytes
+            and write_here(img, buf, nbytes, guest_off)):
         return Q2_OK
     while left and st == Q2_OK:
         st = write_in_place(img, data, left, guest_off, flags, alone, &entered, &parity, &done)
         if st == Q2_OK and done == 0:
-            st = write_allocating(img, data, left, guest_off, at_once, &done)
+            st = write_allocating(img, data, left, guest_off, flags, at_once, &done)
         # What was left to the other, and by that as well: no table, or no longer kept.
         alone = done == 0
         data += done
@@ -518,6 +524,17 @@ cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint6
         # Also after a failure: any part may have been written.
         note_change(img, start, nbytes)
         leave_write(img, parity)
+    return st
+
+
+cdef q2_status write_guest(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
+                           bint fua) noexcept nogil:
+    cdef bint durable = fua or img.durable
+    cdef uint32_t flags = WRITE_FUA if durable and q2_keeps(Q2_EDGE_WRITE_DURABLE_AT_RETURN) else 0
+    cdef q2_status st
+    if durable and writers_under_way(img) >= SEVERAL_WRITERS:
+        flags |= WRITE_SOON
+    st = write_range(img, buf, nbytes, guest_off, flags, 1)
     if st == Q2_OK and durable and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN):
         st = flush_if_metadata_changed(img)
     flush_if_much_freed(img)

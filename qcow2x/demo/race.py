@@ -16,7 +16,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -37,6 +37,10 @@ RAW_FLAGS = {
 #: Different buffers that the requests take turns with, so that a misplaced one shows.
 _VARIANTS = 61
 _HUGE_PAGE = 2 << 20
+
+#: Asks the C library for them, which has them for what lies far inside a heap only.
+HUGE_PAGES = ("GLIBC_TUNABLES=glibc.malloc.hugetlb=1",)
+AIO_WAYS = ("threads", "native", "io_uring")
 
 #: Into how many stretches :func:`alternate` cuts a load.
 STRETCHES = 32
@@ -176,12 +180,19 @@ def time_image_reads(load: Load, image: qcow2x.Image) -> float:
 
 
 def time_qemu(
-    load: Load, path: Path, cache: str, *, write: bool, aio: str = "threads", depth: int = 1
+    load: Load,
+    path: Path,
+    cache: str,
+    *,
+    write: bool,
+    aio: str = "threads",
+    depth: int = 1,
+    environment: Sequence[str] = HUGE_PAGES,
 ) -> float:
     """The same requests by ``qemu-img bench``, which tells its time to the millisecond; *depth* of
-    them at once. Out of huge pages, as ours are (``_huge_pages``)."""
+    them at once. Out of huge pages where it can be had so, as ours are (``_huge_pages``)."""
     printed = run(
-        "env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
+        "env", *environment,
         "qemu-img", "bench", *(["-w"] if write else []), "-t", cache, "-i", aio, "-f", "qcow2",
         "-d", str(depth), "-c", str(load.count), "-s", str(load.nbytes), "-S", str(load.step), path,
     )  # fmt: skip
@@ -196,7 +207,7 @@ def fastest_qemu_aio(folder: Path, cache: str) -> str:
     path = folder / "qemu-aio.qcow2"
     load = Load.sequential(65536, 256, 16 << 20)
     times: dict[str, float] = {}
-    for aio in ("threads", "native", "io_uring"):
+    for aio in AIO_WAYS:
         if aio == "native" and not RAW_FLAGS[cache] & os.O_DIRECT:
             continue
         try:
