@@ -62,12 +62,13 @@ cdef void init_growth(ImageState img, int32_t how) noexcept nogil
 # meta, exclusive: host clusters for the n empty (or shared) guest clusters from first_cl on, whose L2
 # entries begin at `at`, with `room` entries to the end of the slice; nothing of the backing file shows
 # through before cluster clear_cl; the write is of
-# nbytes, and `many`: one of many under way. *got of them begin at
-# *first, and the *ahead following ones are for the guest clusters behind. All read as zeros until they are
-# written to. Q2_MISS with MISSING_RESERVE: call
+# nbytes, and `many`: one of many under way, `one_flush`: one of many that are durable by the same flush. *got
+# of them begin at *first, and the *ahead following ones are for the guest clusters behind. All read as zeros
+# until they are written to. Q2_MISS with MISSING_RESERVE: call
 # fill_reserve (growth.pxd) and plan again; with a slice: load it. Q2_BUSY: somebody fills it.
 cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint64_t room,
-                             const uint8_t *at, uint64_t clear_cl, bint many, uint64_t nbytes,
+                             const uint8_t *at, uint64_t clear_cl, bint many, bint one_flush,
+                             uint64_t nbytes,
                              uint64_t *first, uint64_t *got, uint64_t *ahead,
                              uint64_t *miss) noexcept nogil
 

@@ -186,9 +186,12 @@ cdef void note_ahead(ImageState img, uint64_t first_cl, uint64_t n, uint64_t fir
 
 # ---- The reserve --------------------------------------------------------------------------------
 
-cdef inline int32_t best_made(ImageState img, bint in_stream, bint many,
+cdef inline int32_t best_made(ImageState img, bint in_stream, bint many, bint one_flush,
                               uint64_t nbytes) noexcept nogil:
-    if img.growth.how == GROWTH_TOGETHER and not (in_stream and nbytes < img.geo.cluster_size):
+    # Many that share a flush share its commit of the journal, so that bytes are what counts: 4 KiB each, past
+    # the page cache, 66 us of one call instead of 285 with zeros, 373 of 32 threads instead of 433.
+    if ((img.growth.how == GROWTH_TOGETHER or one_flush or (many and not in_stream))
+            and not (in_stream and nbytes < img.geo.cluster_size)):
         return RESERVE_SET_ASIDE
     if ((img.file.align > 1 or not many) and nbytes <= WRITTEN_AT_MOST
             and (in_stream or img.geo.cluster_size <= WRITTEN_CLUSTER)):
@@ -197,7 +200,8 @@ cdef inline int32_t best_made(ImageState img, bint in_stream, bint many,
 
 
 cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint64_t room,
-                             const uint8_t *at, uint64_t clear_cl, bint many, uint64_t nbytes,
+                             const uint8_t *at, uint64_t clear_cl, bint many, bint one_flush,
+                             uint64_t nbytes,
                              uint64_t *first, uint64_t *got, uint64_t *ahead,
                              uint64_t *miss) noexcept nogil:
     cdef q2_growth *g = &img.growth
@@ -214,7 +218,7 @@ cdef q2_status take_reserved(ImageState img, uint64_t first_cl, uint64_t n, uint
         if g.filling:
             return Q2_BUSY
         g.ask = max(n + more, clusters_in(img, HOLE_BYTES) if large else 0)
-        g.ask_made = best_made(img, stream is not NULL, many, nbytes)
+        g.ask_made = best_made(img, stream is not NULL, many, one_flush, nbytes)
         miss[0] = MISSING_RESERVE
         return Q2_MISS
     if more and g.promised + 1 >= GROWTH_STREAMS:

@@ -19,6 +19,7 @@ cdef struct q2_write:
     bint fresh              # the host clusters read as zeros until written
     bint grows              # the host clusters may come from the reserve (growth.pxd)
     bint many               # one of many writes under way
+    bint one_flush          # one of many of one call, all of them durable by the same flush
     bint over_zeros         # the guest clusters read as zeros before, and the host's do until written
     uint64_t ahead          # of the owned clusters, the last so many are linked ahead
     uint64_t clear_cl       # where `grows`: nothing of the backing file shows through before it
@@ -47,7 +48,8 @@ cdef q2_status write_encoded(ImageState img, const uint8_t *stream, uint32_t str
 # The parts of write_guest, for who has many writes under way (manywrites.pyx).
 
 # No lock held. The same without its end: what goes in place is written with `flags` of write_at, what
-# allocates is durable after the next flush. `at_once`: as many writes are under way as the caller knows of.
+# allocates is durable after the next flush. `at_once`: so many
+# writes of one caller are under way, and durable together.
 cdef q2_status write_range(ImageState img, const void *buf, size_t nbytes, uint64_t guest_off,
                            uint32_t flags, uint64_t at_once) noexcept nogil
 

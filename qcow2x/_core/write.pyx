@@ -184,7 +184,7 @@ cdef q2_status plan_write(ImageState img, uint64_t guest_off, uint64_t nbytes, q
     elif w.what == RENEW:
         if w.grows:
             st = take_reserved(img, first_cl, n, room, at, w.clear_cl, w.many,
-                               nbytes, &first_host, &got, &w.ahead, miss)
+                               w.one_flush, nbytes, &first_host, &got, &w.ahead, miss)
             w.fresh = True
             w.over_zeros = (img.growth.how == GROWTH_AHEAD and st == Q2_OK
                             and read_as_zeros(img, at, first_cl, got, w.clear_cl))
@@ -347,6 +347,7 @@ cdef q2_status begin_allocating(ImageState img, uint64_t guest_off, uint64_t nby
                                 uint64_t at_once, bint wait, q2_write *w) noexcept nogil:
     cdef uint64_t writers = max(at_once, writers_under_way(img))
     w.many = writers >= MANY_WRITERS
+    w.one_flush = at_once >= MANY_WRITERS
     w.grows = ((img.growth.how == GROWTH_AHEAD
                 and (nbytes <= WRITTEN_AT_MOST or hole_lasts(img)))
                or (img.growth.how == GROWTH_TOGETHER and writers >= SEVERAL_WRITERS
@@ -555,7 +556,7 @@ cdef q2_status allocate_guest(ImageState img, uint64_t guest_off, uint64_t nbyte
         st = begin_write_request(img, &parity)
     if st != Q2_OK:
         return st
-    w.grows = w.many = False
+    w.grows = w.many = w.one_flush = False
     while guest_off < end and st == Q2_OK:
         st = begin_write(img, guest_off, end - guest_off, True, &w)
         if st != Q2_OK:
