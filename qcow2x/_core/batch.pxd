@@ -1,7 +1,7 @@
 # Many transfers between memory and the file in which an image's data lies, under way together. While some
 # are, their thread goes on and prepares others.
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
@@ -68,6 +68,18 @@ cdef inline bint batch_under_way(const q2_batch *batch) noexcept nogil:
 # No lock held. Waits for what is under way. The answer is that of the first request that failed, and
 # `failed` is lowered to it.
 cdef q2_status batch_land(ImageState img, q2_batch *batch) noexcept nogil
+
+# A transfer of guest data that may go along with one of metadata.
+cdef struct q2_beside:
+    const void *buf
+    size_t nbytes
+    uint64_t host_off
+    bint written
+
+# commit held. Writes metadata of `site` to the image's file, and the data beside it, in any order, under way
+# together past the page cache. Neither is durable by itself.
+cdef q2_status write_beside(ImageState img, int32_t site, const void *buf, size_t nbytes,
+                            uint64_t host_off, q2_beside *beside) noexcept nogil
 
 # No lock held. Sends and waits for the rest, where `st` is what stopped the caller at request `at` (or
 # Q2_OK): answers with the earliest failure, whose message is the one that is told.

@@ -214,3 +214,55 @@ cdef q2_status batch_end(ImageState img, q2_batch *batch, q2_status st, size_t a
         return sent
     set_last_error(detail)
     return st
+
+
+cdef void fill_io(q2_io *io, FileStorage file, const void *buf, size_t nbytes,
+                  uint64_t host_off) noexcept nogil:
+    io.buf = <void *>buf
+    io.nbytes = nbytes
+    io.off = host_off
+    io.fd = file.fd
+    io.writes = True
+
+
+cdef bint write_both(FileStorage file, q2_io *io, bint *whole) noexcept nogil:
+    """Two writes at once. False: there is no ring."""
+    cdef q2_flight flight
+    cdef q2_io landed
+    cdef size_t i
+    if not q2_flight_begin(&flight):
+        return False
+    hold_edges(file, True)
+    for i in range(2):
+        io[i].of = i
+        q2_flight_add(&flight, &io[i])
+    while flight.n:
+        q2_flight_wait(&flight, flight.n)
+        while q2_flight_landed(&flight, &landed):
+            whole[landed.of] = is_whole(file, &landed)
+    q2_flight_end(&flight)
+    release_edges(file)
+    return True
+
+
+cdef q2_status write_beside(ImageState img, int32_t site, const void *buf, size_t nbytes,
+                            uint64_t host_off, q2_beside *beside) noexcept nogil:
+    cdef q2_io io[2]
+    cdef bint whole[2]
+    cdef q2_status st = Q2_OK
+    whole[0] = whole[1] = False
+    if (img.data_is_file and (<FileStorage>img.data).bounce is not NULL
+            and suits(<FileStorage>img.data, buf, nbytes, host_off)
+            and suits(<FileStorage>img.data, beside.buf, beside.nbytes, beside.host_off)):
+        fill_io(&io[0], <FileStorage>img.data, beside.buf, beside.nbytes, beside.host_off)
+        fill_io(&io[1], <FileStorage>img.data, buf, nbytes, host_off)
+        write_both(<FileStorage>img.data, io, whole)
+    # What the storage has to see to: it knows what a write that came back short means.
+    if not whole[0]:
+        st = img.file.write_at(Q2_SITE_DATA_WRITE, beside.buf, beside.nbytes, beside.host_off,
+                               WRITE_DEFERRED)
+    if st == Q2_OK:
+        beside.written = True
+        if not whole[1]:
+            st = img.file.write_at(site, buf, nbytes, host_off, WRITE_DEFERRED)
+    return st

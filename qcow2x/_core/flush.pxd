@@ -1,4 +1,5 @@
 # Making what was written durable.
+from qcow2x._core.batch cimport q2_beside
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
 from qcow2x._core.sync cimport q2_load
@@ -12,6 +13,9 @@ cdef enum:
 # durable after it. Calls at the same time share one sync (group commit). Freed clusters that became
 # unreachable for good are given back on the way.
 cdef q2_status flush_image(ImageState img) noexcept nogil
+
+# The same, and the data `beside` is written by it if it writes an L2 slice; else that is left to the caller.
+cdef q2_status flush_with(ImageState img, q2_beside *beside) noexcept nogil
 
 # For writethrough, directsync and FUA, after the data was written: flushes if any metadata changed
 # that is not durable yet. That also covers a write in place whose mapping another thread has linked

@@ -23,6 +23,10 @@ cdef void free_what_is_mapped(ImageState img) noexcept nogil:
 
 
 cdef q2_status flush_image(ImageState img) noexcept nogil:
+    return flush_with(img, NULL)
+
+
+cdef q2_status flush_with(ImageState img, q2_beside *beside) noexcept nogil:
     cdef q2_status st
     cdef uint64_t ticket = q2_add(&img.flush_tickets, 1)
     pthread_mutex_lock(&img.commit)
@@ -43,7 +47,7 @@ cdef q2_status flush_image(ImageState img) noexcept nogil:
     ticket = q2_load(&img.flush_tickets)
     if not q2_keeps(Q2_EDGE_UNMAPPED_BEFORE_FREED):
         free_what_is_mapped(img)
-    st = write_back_for_guest(img)
+    st = write_back_for_guest(img, beside)
     if st == Q2_OK:
         img.flush_done = ticket
         st = retire_freed(img)

@@ -1,6 +1,7 @@
 # Metadata between memory and file: loading slices, writing them back in order.
 from libc.stdint cimport int32_t, uint64_t
 
+from qcow2x._core.batch cimport q2_beside
 from qcow2x._core.state cimport ImageState
 from qcow2x._core.status cimport q2_status
 
@@ -42,8 +43,9 @@ cdef void mark_corrupt(ImageState img) noexcept nogil
 cdef q2_status write_dirty_bit(ImageState img, bint dirty) noexcept nogil
 
 # commit held, meta not. The same as write_back_locked(img, True), but with the dirty bit set for lazy
-# refcounts these stay in memory: what a guest's flush asks for.
-cdef q2_status write_back_for_guest(ImageState img) noexcept nogil
+# refcounts these stay in memory: what a guest's flush asks for. The data `beside`, if not NULL, is written
+# along with an L2 slice, if one is.
+cdef q2_status write_back_for_guest(ImageState img, q2_beside *beside) noexcept nogil
 
 # commit held, meta not. Writes every dirty slice back in the order of writes. With make_durable a
 # sync follows, and what was unmapped before the call moves to limbo (retire.pyx). After a failure

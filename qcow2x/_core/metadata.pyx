@@ -15,6 +15,7 @@ from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
+from qcow2x._core.batch cimport q2_beside, write_beside
 from qcow2x._core.cache cimport (MOST_TOGETHER, SLOT_VALID, cache_begin_load, cache_end_load,
                                  cache_note_absent, cache_widen_load, q2_cache, q2_slot)
 from qcow2x._core.edges cimport *
@@ -272,7 +273,9 @@ cdef q2_status copy_dirty(q2_cache *cache, q2_batch *batch, uint64_t *need_seq) 
     # At most every other sector starts a run.
     batch.piece = <q2_piece *>malloc(
         <size_t>cache.n_dirty * ((sectors + 1) // 2) * sizeof(q2_piece))
-    batch.buffer = <uint8_t *>malloc(<size_t>cache.n_dirty << cache.slice_bits)
+    # As O_DIRECT wants it: sectors go out from here without a copy.
+    if posix_memalign(<void **>&batch.buffer, 4096, <size_t>cache.n_dirty << cache.slice_bits) != 0:
+        batch.buffer = NULL
     if batch.piece is NULL or batch.buffer is NULL:
         free_batch(batch)
         return fail(Q2_E_NOMEM, Q2_SITE_NONE, 0, b"no memory to write metadata back")
@@ -307,12 +310,18 @@ cdef q2_status copy_dirty(q2_cache *cache, q2_batch *batch, uint64_t *need_seq) 
     return Q2_OK
 
 
-cdef q2_status write_batch(ImageState img, int32_t site, q2_batch *batch) noexcept nogil:
+cdef q2_status write_batch(ImageState img, int32_t site, q2_batch *batch,
+                           q2_beside *beside) noexcept nogil:
+    """`beside`, where there is one, goes along with the first piece."""
     cdef uint32_t i
     cdef q2_status st
     for i in range(batch.n):
-        st = img.file.write_at(site, batch.buffer + batch.piece[i].at, batch.piece[i].nbytes,
-                               batch.piece[i].host_off, WRITE_DEFERRED)
+        if i == 0 and beside is not NULL:
+            st = write_beside(img, site, batch.buffer + batch.piece[0].at, batch.piece[0].nbytes,
+                              batch.piece[0].host_off, beside)
+        else:
+            st = img.file.write_at(site, batch.buffer + batch.piece[i].at, batch.piece[i].nbytes,
+                                   batch.piece[i].host_off, WRITE_DEFERRED)
         if st != Q2_OK:
             # All of the batch is dirty again, whatever of it has reached the file (settle).
             return poison_unless_kept(img, st)
@@ -406,10 +415,10 @@ cdef q2_status restore_head(ImageState img) noexcept nogil:
 
 
 cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2_batch *l1,
-                           uint64_t data_seq) noexcept nogil:
+                           uint64_t data_seq, q2_beside *beside) noexcept nogil:
     cdef q2_status st
     if refblocks.n:
-        st = write_batch(img, Q2_SITE_REFBLOCK_UPDATE, refblocks)
+        st = write_batch(img, Q2_SITE_REFBLOCK_UPDATE, refblocks, NULL)
         if st != Q2_OK:
             return st
         q2_raise_to(&img.refblock_seq, q2_load(&img.file.write_seq))
@@ -428,7 +437,7 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
         if st != Q2_OK:
             return st
     if l2.n:
-        st = write_batch(img, Q2_SITE_L2_UPDATE, l2)
+        st = write_batch(img, Q2_SITE_L2_UPDATE, l2, beside)
         if st != Q2_OK:
             return st
     if l1.n:
@@ -437,12 +446,12 @@ cdef q2_status write_ranks(ImageState img, q2_batch *refblocks, q2_batch *l2, q2
             st = barrier_for(img, q2_load(&img.table_seq))
             if st != Q2_OK:
                 return st
-        return write_batch(img, Q2_SITE_L1_UPDATE, l1)
+        return write_batch(img, Q2_SITE_L1_UPDATE, l1, NULL)
     return Q2_OK
 
 
-cdef q2_status write_back_parts(ImageState img, bint make_durable,
-                                bint with_refcounts) noexcept nogil:
+cdef q2_status write_back_parts(ImageState img, bint make_durable, bint with_refcounts,
+                                q2_beside *beside) noexcept nogil:
     cdef q2_batch refblocks, l2, l1
     cdef q2_runs unmapped
     cdef uint64_t data_seq = 0, seq
@@ -469,7 +478,7 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
         runs_take(&img.dropped, &unmapped)
     pthread_rwlock_unlock(&img.meta)
     if st == Q2_OK:
-        st = write_ranks(img, &refblocks, &l2, &l1, data_seq)
+        st = write_ranks(img, &refblocks, &l2, &l1, data_seq, beside)
     if (st == Q2_OK and make_durable and img.geo.external_data
             and q2_keeps(Q2_EDGE_DATA_FILE_BEFORE_FLUSH_RETURNS)):
         st = poison_unless_full(img, img.data.sync(Q2_SITE_FLUSH))
@@ -495,11 +504,11 @@ cdef q2_status write_back_parts(ImageState img, bint make_durable,
 
 
 cdef q2_status write_back_locked(ImageState img, bint make_durable) noexcept nogil:
-    return write_back_parts(img, make_durable, True)
+    return write_back_parts(img, make_durable, True, NULL)
 
 
-cdef q2_status write_back_for_guest(ImageState img) noexcept nogil:
-    return write_back_parts(img, True, not q2_load(&img.lazy_dirty))
+cdef q2_status write_back_for_guest(ImageState img, q2_beside *beside) noexcept nogil:
+    return write_back_parts(img, True, not q2_load(&img.lazy_dirty), beside)
 
 
 cdef q2_status write_back(ImageState img) noexcept nogil:

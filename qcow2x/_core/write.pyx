@@ -10,11 +10,12 @@ from libc.stdint cimport int32_t
 from posix.uio cimport iovec
 
 from qcow2x._core.alloc cimport alloc_clusters, alloc_packed, clusters_per_slice, release_unlinked
+from qcow2x._core.batch cimport q2_beside
 from qcow2x._core.cache cimport RANK_DATA, cache_after, q2_slot
-from qcow2x._core.cow cimport write_with_cow
+from qcow2x._core.cow cimport write_with_cow, writes_alone
 from qcow2x._core.edges cimport *
 from qcow2x._core.errors cimport fail
-from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed
+from qcow2x._core.flush cimport flush_if_metadata_changed, flush_if_much_freed, flush_with
 from qcow2x._core.geometry cimport q2_geometry, round_down, round_up
 from qcow2x._core.growth cimport clear_from, fill_reserve
 from qcow2x._core.l2table cimport *
@@ -366,14 +367,46 @@ cdef q2_status end_allocating(ImageState img, q2_write *w, const uint8_t *data, 
     return st
 
 
+cdef inline bint goes_with_flush(ImageState img, const q2_write *w, uint64_t nbytes,
+                                 uint32_t flags) noexcept nogil:
+    """Whether a durable write's data may be written beside its mapping: zeros are there before, by either,
+    and nobody else waits for the flush."""
+    cdef bint alone = False
+    return (flags & WRITE_FUA and w.over_zeros and w.data_bytes == nbytes and img.data is img.file
+            and not img.file.listens and writers_under_way(img) == 1
+            and q2_keeps(Q2_EDGE_MAPPING_DURABLE_AT_RETURN)
+            and writes_alone(img, &w.cow, w.fresh, &alone) == Q2_OK and alone)
+
+
+cdef q2_status end_with_flush(ImageState img, q2_write *w, const uint8_t *data,
+                              uint64_t *done) noexcept nogil:
+    """Past the page cache data and one sector of L2 at a time took 85 us and 79, and then the sync 140."""
+    cdef q2_beside beside
+    cdef q2_status st = finish(img, w, Q2_OK)
+    beside.buf = data
+    beside.nbytes = w.data_bytes
+    beside.host_off = w.host_off + (w.data_off - (w.owned.first_cl << img.geo.cluster_bits))
+    beside.written = False
+    if st == Q2_OK:
+        st = flush_with(img, &beside)
+    if st == Q2_OK and not beside.written:
+        # Another flush took the mapping along.
+        st = img.data.write_at(Q2_SITE_DATA_WRITE, data, w.data_bytes, beside.host_off, WRITE_FUA)
+    done[0] = w.data_bytes if st == Q2_OK else 0
+    return st
+
+
 cdef q2_status write_allocating(ImageState img, const uint8_t *data, uint64_t nbytes,
                                 uint64_t guest_off, uint32_t flags, uint64_t at_once,
                                 uint64_t *done) noexcept nogil:
     cdef q2_write w
     cdef q2_status st = begin_allocating(img, guest_off, nbytes, at_once, True, &w)
     done[0] = 0
-    if st == Q2_OK and w.what != IN_PLACE:
-        st = end_allocating(img, &w, data, flags & WRITE_SOON, done)
+    if st != Q2_OK or w.what == IN_PLACE:
+        return st
+    if goes_with_flush(img, &w, nbytes, flags):
+        return end_with_flush(img, &w, data, done)
+    st = end_allocating(img, &w, data, flags & WRITE_SOON, done)
     return st
 
 
