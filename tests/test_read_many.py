@@ -168,7 +168,9 @@ def test_many_within_many(tmp_path: Path, cache: str) -> None:
             random.Random(0).shuffle(wanted)
             image.preadv_many(wanted)
             assert below.asked
-    assert content[: 128 * KiB] == noise(0, 64 * KiB, 2) + noise(0, 4 * MiB, 1)[64 * KiB : 128 * KiB]
+    assert (
+        content[: 128 * KiB] == noise(0, 64 * KiB, 2) + noise(0, 4 * MiB, 1)[64 * KiB : 128 * KiB]
+    )
     assert all(buffer == content[off : off + 8 * KiB] for buffer, off in wanted)
 
 
