@@ -100,6 +100,30 @@ def test_a_crash_leaks_and_loses_nothing(tmp_path: Path) -> None:
         assert not any(image.pread(SIZE - 40 * 64 * KIB, 40 * 64 * KIB))
 
 
+@pytest.mark.parametrize("cluster_size", [512, 4 * KIB, 64 * KIB])
+def test_zeros_of_a_reserve_are_seen_where_old_data_was_in_the_cache(
+    tmp_path: Path, cluster_size: int
+) -> None:
+    """In writethrough the zeros go past the page cache, in which the clusters' last bytes still lie."""
+    path = new(tmp_path / "disk", cluster_size=cluster_size)
+    random_ = random.Random(cluster_size)
+    model = bytearray(SIZE)
+    with qcow2x.open(path, "r+", cache="writethrough", discard_to_host=False) as image:
+        for turn in range(4):
+            start = turn * 8 * MIB
+            for at in range(start, start + 3 * MIB, 64 * KIB):
+                data = random_.randbytes(random_.choice([4 * KIB, 64 * KIB]))
+                image.pwrite(data, at)
+                model[at : at + len(data)] = data
+            assert image.pread(4 * MIB, start) == model[start : start + 4 * MIB]
+            image.discard(start, 2 * MIB)
+            model[start : start + 2 * MIB] = bytes(2 * MIB)
+        assert image.pread(SIZE, 0) == model
+    qemu_img("check", path)
+    with qcow2x.open(path) as image:
+        assert image.pread(SIZE, 0) == model
+
+
 def test_nothing_is_linked_over_what_a_backing_file_shows(tmp_path: Path) -> None:
     base = new(tmp_path / "base")
     with qcow2x.open(base, "r+") as image:

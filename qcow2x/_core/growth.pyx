@@ -11,7 +11,7 @@ from qcow2x._core.reserve cimport *
 from qcow2x._core.scratch cimport ZEROS_BYTES, zeros
 from qcow2x._core.state cimport *
 from qcow2x._core.status cimport *
-from qcow2x._core.storage cimport WRITE_DEFERRED, q2_extent
+from qcow2x._core.storage cimport WRITE_DEFERRED, WRITE_PAST_CACHE, q2_extent
 from qcow2x._core.sync cimport *
 
 
@@ -33,7 +33,8 @@ cdef q2_status make_reserve(ImageState img, uint64_t host_off, uint64_t nbytes,
                                  WRITE_DEFERRED)
     while nbytes:
         n = nbytes if nbytes < ZEROS_BYTES else ZEROS_BYTES
-        st = img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), n, host_off, WRITE_DEFERRED)
+        st = img.file.write_at(Q2_SITE_PREALLOCATE, zeros(), n, host_off,
+                               WRITE_DEFERRED | WRITE_PAST_CACHE)
         if st != Q2_OK:
             return st
         host_off += n

@@ -89,6 +89,14 @@ def adopt_descriptor(fd: int, writable: bool, cache: str, name: str) -> int:
     return _open_maybe_direct(f"/proc/self/fd/{fd}", access | os.O_CLOEXEC, cache, name)
 
 
+def open_past_cache(fd: int) -> int:
+    """The file of ``fd``, opened once more for reading and writing past the page cache; -1 where it cannot be."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
 def is_direct(fd: int) -> bool:
     """Whether the descriptor was opened O_DIRECT, by us or by who handed it in."""
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)

