@@ -105,6 +105,12 @@ def _variants(nbytes: int) -> list[memoryview]:
 
 
 @cache
+def zeros(nbytes: int) -> memoryview:
+    """Zeros to write, past the page cache too."""
+    return _huge_pages(nbytes)
+
+
+@cache
 def _read_buffer(nbytes: int) -> memoryview:
     return _huge_pages(nbytes)
 
