@@ -116,7 +116,7 @@ def versus(benchmark, request):
 def fact(request):
     """Puts a figure and its bound into the table."""
 
-    def add(name: str, value: str, bound: str, holds: bool) -> None:
+    def add(name: str, value: str, bound: str, holds: bool | None) -> None:
         request.config.stash[TABLE].facts.append(Fact(name, value, bound, holds))
 
     return add

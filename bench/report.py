@@ -14,7 +14,7 @@ from table import OURS, Fact, Row, Table, Verdict
 from qcow2x._version import __version__
 from qcow2x.demo.chart import Group, bar_chart
 
-SAID = {True: "holds", False: "misses"}
+SAID = {True: "holds", False: "misses", None: ""}
 COLOURS = ["#2563a8", "#e08a2c", "#5a8f3c", "#8c5aa8"]
 
 
@@ -28,7 +28,7 @@ def terminal_lines(table: Table) -> Iterator[str]:
                 f"{row.spread(who):<11}{_own_bound(row, who)}"
             ).rstrip()
     for fact in table.facts:
-        yield f"{fact.name:<54}{fact.value:>32}  {fact.bound}  {SAID[fact.holds]}"
+        yield f"{fact.name:<54}{fact.value:>32}  {fact.bound}  {SAID[fact.holds]}".rstrip()
     yield ""
     yield "must reach: our time over theirs"
     for verdict in table.verdicts():

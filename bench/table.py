@@ -87,12 +87,12 @@ class Row:
 
 @dataclass
 class Fact:
-    """A figure with a bound instead of a baseline."""
+    """A figure with a bound instead of a baseline; ``holds`` is None where it is told for comparison."""
 
     name: str
     value: str
     bound: str
-    holds: bool
+    holds: bool | None
 
 
 @dataclass
