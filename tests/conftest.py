@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import signal
 from collections.abc import Generator, Iterator
 from datetime import timedelta
 
@@ -29,6 +30,12 @@ settings.register_profile(
     deadline=timedelta(seconds=60),
 )
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    # A shell has what it starts in the background ignore interrupts, and so would every command that a
+    # test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
