@@ -84,7 +84,7 @@ def _extension(source: Path) -> Extension:
         depends=sorted(str(header) for header in Path(HEADERS).glob("*.h")),
     )
     if source.stem == "codec":
-        extension.sources.append(f"{THIRD_PARTY}/deflate12.c")
+        extension.sources += [f"{THIRD_PARTY}/deflate12.c", f"{THIRD_PARTY}/inflate.c"]
         extension.include_dirs.append(THIRD_PARTY)
         extension.depends += sorted(str(file) for file in Path(THIRD_PARTY).rglob("*.[ch]"))
     return extension

@@ -18,7 +18,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-LIBRARIES = ("libzstd", "libdeflate", "libisal", "libcrypto", "liburing", "zlib")
+LIBRARIES = ("libzstd", "libisal", "libcrypto", "liburing", "zlib")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Need:
 
 _LIBRARY_NEEDS = {
     "libzstd": Need("libzstd (zstd clusters)", ("libzstd-dev",), ("libzstd-devel",)),
-    "libdeflate": Need("libdeflate (deflate decoder)", ("libdeflate-dev",), ("libdeflate-devel",)),
     "libisal": Need("ISA-L (deflate encoder)", ("libisal-dev",), ("isa-l-devel",)),
     "libcrypto": Need("OpenSSL libcrypto (encryption)", ("libssl-dev",), ("openssl-devel",)),
     "liburing": Need("liburing (queued I/O)", ("liburing-dev",), ("liburing-devel",)),

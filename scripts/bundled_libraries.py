@@ -12,7 +12,7 @@ from pathlib import Path
 
 import qcow2x._core
 
-BUNDLED = re.compile(r"/lib(zstd|deflate|isal|crypto|uring)[-.]")
+BUNDLED = re.compile(r"/lib(zstd|isal|crypto|uring)[-.]")
 
 for module in pkgutil.iter_modules(qcow2x._core.__path__, "qcow2x._core."):
     importlib.import_module(module.name)

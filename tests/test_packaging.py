@@ -272,8 +272,7 @@ def test_missing_libraries_end_with_the_command(tmp_path):
     assert "liburing" in message
     if needs.package_manager(needs.read_os_release()) in ("apt", None):
         assert (
-            "sudo apt install libzstd-dev libdeflate-dev libisal-dev libssl-dev liburing-dev"
-            " zlib1g-dev" in message
+            "sudo apt install libzstd-dev libisal-dev libssl-dev liburing-dev zlib1g-dev" in message
         )
     else:
         assert "sudo dnf install" in message

@@ -27,20 +27,17 @@ cdef extern from "qcow2x/pool.h" nogil:
     void *q2_pool_take(q2_pool *pool)
     int q2_pool_give(q2_pool *pool, void *item)
 
-cdef extern from "libdeflate.h" nogil:
+cdef extern from "inflate.h" nogil:
     struct libdeflate_decompressor:
         pass
-    enum libdeflate_result:
-        LIBDEFLATE_SUCCESS
-    struct libdeflate_compressor:
-        pass
-    libdeflate_decompressor *libdeflate_alloc_decompressor()
-    void libdeflate_free_decompressor(libdeflate_decompressor *d)
-    libdeflate_result libdeflate_deflate_decompress_ex(
-        libdeflate_decompressor *d, const void *src, size_t src_bytes, void *out,
-        size_t out_bytes, size_t *used, size_t *written)
+    libdeflate_decompressor *q2_inflate_alloc()
+    int q2_inflate(libdeflate_decompressor *d, const void *src, size_t src_bytes, void *out,
+                   size_t out_bytes, size_t *used, size_t *written)
+    void q2_inflate_free(libdeflate_decompressor *d)
 
 cdef extern from "deflate12.h" nogil:
+    struct libdeflate_compressor:
+        pass
     libdeflate_compressor *q2_deflate12_alloc(int level)
     size_t q2_deflate12_compress(libdeflate_compressor *c, const void *src, size_t src_bytes,
                                  void *out, size_t out_cap)
@@ -175,14 +172,13 @@ cdef q2_status decode_deflate(const uint8_t *src, size_t src_bytes, uint8_t *out
     cdef size_t used = 0
     cdef size_t written = 0
     if d is NULL:
-        d = libdeflate_alloc_decompressor()
+        d = q2_inflate_alloc()
         if d is NULL:
             return fail(Q2_E_NOMEM, Q2_SITE_NONE, 0, b"no memory for a deflate decoder")
-    cdef libdeflate_result rc = libdeflate_deflate_decompress_ex(d, src, src_bytes, out, out_bytes,
-                                                                 &used, &written)
+    cdef int wrong = q2_inflate(d, src, src_bytes, out, out_bytes, &used, &written)
     if not q2_pool_give(&inflate_fast, d):
-        libdeflate_free_decompressor(d)
-    if rc == LIBDEFLATE_SUCCESS:
+        q2_inflate_free(d)
+    if not wrong:
         if written == out_bytes:
             return Q2_OK
         return fail(Q2_E_CODEC, Q2_SITE_NONE, 0, b"compressed cluster ends early")
