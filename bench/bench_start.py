@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+
+from interpreter import environment
 
 import qcow2x
 
@@ -18,17 +18,8 @@ RUNS = 21
 
 
 def seconds(command: list[str]) -> float:
-    parent = str(Path(qcow2x.__file__).resolve().parent.parent)
-    environment = {
-        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
-    }
     began = time.perf_counter()
-    subprocess.run(
-        command,
-        env={**environment, "PYTHONPATH": parent},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
