@@ -11,7 +11,7 @@ import pytest
 from support.packed import stream_of
 
 import qcow2x
-from qcow2x._core import compressed
+from qcow2x._core import crew
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 64 * KIB
@@ -40,7 +40,7 @@ def test_large_requests(packed: tuple[Path, bytes], alone: bool) -> None:
     path, content = packed
     rng = random.Random(3)
     if alone:
-        compressed.share_out_alone()
+        crew.share_out_alone()
     try:
         with qcow2x.open(path) as image:
             assert image.pread(SIZE, 0) == content
@@ -50,7 +50,7 @@ def test_large_requests(packed: tuple[Path, bytes], alone: bool) -> None:
                 assert image.pread(length, at) == content[at : at + length]
     finally:
         if alone:
-            compressed.share_out_again()
+            crew.share_out_again()
 
 
 def test_beside_what_is_not_compressed(packed: tuple[Path, bytes], tmp_path: Path) -> None:

@@ -92,6 +92,28 @@ def test_a_file_cut_short_reads_as_one_by_one(tmp_path: Path) -> None:
         assert b"".join(bytes(buffer) for buffer, _ in requests) == image.pread(MiB, 0)
 
 
+@pytest.mark.parametrize("cached", ["all", "half", "nothing"])
+def test_long_ones_that_are_cached_or_not(tmp_path: Path, cached: str) -> None:
+    """Several CPUs copy what is in the page cache. The file ends inside the last one."""
+    path = tmp_path / "disk.qcow2"
+    size = 24 * MiB
+    content = noise(0, size, 1)
+    qcow2x.create(path, size)
+    with qcow2x.open(path, "r+") as image:
+        image.pwrite(content, 0)
+    nbytes = os.path.getsize(path) - 100
+    os.truncate(path, nbytes)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        gone = {"all": 0, "half": nbytes // 2, "nothing": nbytes}[cached]
+        if gone:
+            os.posix_fadvise(file.fileno(), 0, gone, os.POSIX_FADV_DONTNEED)
+    with qcow2x.open(path) as image:
+        requests = [(bytearray(MiB), off) for off in range(0, size, MiB)]
+        assert image.preadv_many(requests) == [MiB] * len(requests)
+    assert b"".join(buffer for buffer, _ in requests) == content[:-100] + bytes(100)
+
+
 @pytest.mark.not_for_qemu("an entry leads past the end of the file")
 def test_the_first_failure_is_raised(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"

@@ -9,6 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define Q2_RING_DEPTH 64
@@ -205,6 +206,7 @@ static inline void q2_flight_end(q2_flight *f)
 typedef struct q2_io_share {
     q2_io *r;
     size_t n;
+    int flags;
     size_t next; /* atomic */
 } q2_io_share;
 
@@ -214,17 +216,19 @@ static inline void *q2_io_some(void *share_)
     size_t i;
     while ((i = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->n) {
         q2_io *r = &share->r[i];
-        ssize_t got = r->writes ? pwrite(r->fd, r->buf, r->nbytes, (off_t)r->off)
-                                : pread(r->fd, r->buf, r->nbytes, (off_t)r->off);
+        struct iovec iov = {r->buf, r->nbytes};
+        ssize_t got = r->writes ? pwritev2(r->fd, &iov, 1, (off_t)r->off, share->flags)
+                                : preadv2(r->fd, &iov, 1, (off_t)r->off, share->flags);
         r->got = got < 0 ? -errno : got;
     }
     return NULL;
 }
 
-/* All of them, in any order, at most `depth` under way at once; got of each says how it went. */
-static inline void q2_io_by_threads(q2_io *r, size_t n, size_t depth)
+/* All of them, in any order, at most `depth` under way at once; got of each says how it went. `flags` are
+ * those of preadv2(2). */
+static inline void q2_io_by_threads(q2_io *r, size_t n, size_t depth, int flags)
 {
-    q2_io_share share = {r, n, 0};
+    q2_io_share share = {r, n, flags, 0};
     pthread_t thread[Q2_IO_THREADS];
     size_t started = 0;
     while (started < Q2_IO_THREADS && started + 1 < n && started + 1 < depth &&

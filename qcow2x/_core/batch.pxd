@@ -37,6 +37,7 @@ cdef struct q2_batch:
     size_t depth                    # under way at once, at most
     bint writes
     bint serves                     # False: takes nothing
+    bint copies                     # out of the page cache
     size_t failed                   # the first of the caller's requests of which something failed
 
 # One request of a caller.

@@ -1,12 +1,11 @@
 # cython: language_level=3
 """Compressed clusters: fetched and decoded, several of one request at a time, and for who reads on and on
 some before they are asked for."""
-import os
-
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from qcow2x._core.codec cimport decode_cluster
+from qcow2x._core.crew cimport crew_join, crew_leave, crew_size, crew_spare
 from qcow2x._core.decoded cimport (MOST_AHEAD, decoded_copy, decoded_follow, decoded_keep,
                                    decoded_lend, decoded_most_ahead)
 from qcow2x._core.errors cimport fail
@@ -35,9 +34,6 @@ cdef enum:
     GAP_BYTES = 4096
     FETCHED_BYTES = 4 << 20
     MOST_JOBS = MOST_PIECES + MOST_AHEAD
-
-cdef uint64_t cpus = len(os.sched_getaffinity(0))
-cdef uint64_t busy = 0      # threads that decode, of the whole process; atomic
 
 # The pieces of one cluster, which is decoded once.
 cdef struct q2_job:
@@ -177,12 +173,12 @@ cdef void make_jobs(ImageState img, const q2_piece *piece, size_t n, q2_work *wo
 
 # ---- Several CPUs -------------------------------------------------------------------------------
 
-cdef uint64_t helpers_for(ImageState img, size_t n, uint64_t decoding) noexcept nogil:
+cdef uint64_t helpers_for(ImageState img, size_t n, uint64_t at_work) noexcept nogil:
     cdef uint64_t shares
-    if n < 2 or decoding >= cpus:
+    if n < 2:
         return 0
     shares = min(n * q2_load(&img.decode_ns) // SHARE_NS, <uint64_t>n)
-    return min(shares - 1, cpus - decoding, <uint64_t>MOST_HELPERS) if shares else 0
+    return min(shares - 1, crew_spare(at_work), <uint64_t>MOST_HELPERS) if shares else 0
 
 
 cdef bint sharing_pays(ImageState img) noexcept nogil:
@@ -214,7 +210,7 @@ cdef q2_status do_together(ImageState img, q2_work *work, uint64_t helpers, uint
                            size_t *failed) noexcept nogil:
     cdef pthread_t helper[MOST_HELPERS]
     cdef uint64_t n = 0
-    q2_add(&busy, helpers)
+    crew_join(helpers)
     work.taken = work.failed = 0
     while n < helpers and pthread_create(&helper[n], NULL, decode_some, work) == 0:
         n += 1
@@ -223,7 +219,7 @@ cdef q2_status do_together(ImageState img, q2_work *work, uint64_t helpers, uint
     while n:
         n -= 1
         pthread_join(helper[n], NULL)
-    q2_sub(&busy, helpers)
+    crew_leave(helpers)
     # What was wrong is known in the thread that met it: here it is met again.
     return do_in_turn(img, work, failed) if work.failed else Q2_OK
 
@@ -331,7 +327,7 @@ cdef void follow(ImageState img, q2_work *work, bint pays) noexcept nogil:
     cdef uint32_t ahead
     if img.file.listens or end_cl <= first_cl or work.n > most:
         return
-    if not (fetches_cost(img) or (pays and helpers_for(img, most + 1, q2_load(&busy) + 1))):
+    if not (fetches_cost(img) or (pays and helpers_for(img, most + 1, crew_size() + 1))):
         most = 0
     ahead = decoded_follow(&img.decoded, first_cl, end_cl, most)
     if ahead:
@@ -342,23 +338,23 @@ cdef void follow(ImageState img, q2_work *work, bint pays) noexcept nogil:
 
 cdef q2_status do_work(ImageState img, q2_work *work, size_t *failed) noexcept nogil:
     cdef bint pays = sharing_pays(img), all_there = False
-    cdef uint64_t decoding, helpers = 0, started = 0, start
+    cdef uint64_t at_work, helpers = 0, started = 0, start
     cdef q2_status st
     work.n_fetched = 0
     follow(img, work, pays)
     if fetches_cost(img):
         all_there = fetch_together(img, work)
-    decoding = q2_add(&busy, 1)
+    at_work = crew_join(1)
     # A Python storage would have to wait for the GIL, and who listens counts the reads in their order.
     if pays and not img.file.listens and (img.data_is_file or all_there):
-        helpers = helpers_for(img, work.n, decoding)
+        helpers = helpers_for(img, work.n, at_work)
     start = now_ns()
     if helpers:
         st = do_together(img, work, helpers, &started, failed)
     else:
         st = do_in_turn(img, work, failed)
     note_time(&img.shared_ns if started else &img.alone_ns, (now_ns() - start) // work.n, 2)
-    q2_sub(&busy, 1)
+    crew_leave(1)
     give_fetched(work)
     return st
 
@@ -383,20 +379,3 @@ cdef q2_status read_compressed(ImageState img, const q2_extent *ext, size_t n, u
         piece[i].out = buf + (ext[i].guest_off - ext[0].guest_off)
         piece[i].request = 0
     return read_pieces(img, piece, n, epoch, &failed)
-
-
-def share_out_alone() -> None:
-    """From now on requests are decoded by the threads that make them: who has one for each CPU, or means
-    to use no more, calls this, and :func:`share_out_again` when done. Any thread."""
-    q2_add(&busy, cpus)
-
-
-def share_out_again() -> None:
-    q2_sub(&busy, cpus)
-
-
-def _in_child() -> None:
-    q2_store(&busy, 0)
-
-
-os.register_at_fork(after_in_child=_in_child)

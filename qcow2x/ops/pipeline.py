@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from qcow2x._core.compressed import share_out_again, share_out_alone
+from qcow2x._core.crew import share_out_again, share_out_alone
 
 Task = TypeVar("Task")
 Slot = TypeVar("Slot")
