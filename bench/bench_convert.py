@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FEW_ROUNDS, ROUNDS
+from interpreter import environment
 from table import MIB, OURS
 
 import qcow2x
@@ -252,7 +253,6 @@ def bench_convert_memory(benchmark, folder, mixed, fact, threads):
         (mixed, {"src_format": "raw", "compress": True, "compression_type": "zstd"}),
         (packed, {"src_format": "qcow2", "dst_format": "raw"}),
     ]
-    parent = str(Path(qcow2x.__file__).resolve().parent.parent)
     peaks = []
 
     def all_kinds() -> None:
@@ -260,7 +260,7 @@ def bench_convert_memory(benchmark, folder, mixed, fact, threads):
             words = [str(source), str(out), json.dumps({**options, "threads": threads})]
             told = subprocess.run(
                 [sys.executable, "-c", CONVERT_AND_TELL, *words],
-                env={**os.environ, "PYTHONPATH": parent},
+                env=environment(),
                 check=True,
                 stdout=subprocess.PIPE,
                 text=True,
